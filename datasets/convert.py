@@ -1,0 +1,354 @@
+"""Conversion of a source to Arrow files, once, all or nothing."""
+
+from __future__ import annotations
+
+import contextlib
+import errno
+import fcntl
+import hashlib
+import json
+import os
+import shutil
+import sys
+import tempfile
+from collections.abc import Iterator, Mapping
+from pathlib import Path
+from typing import IO, Any, Self
+
+import numpy as np
+import pyarrow as pa
+from numpy.typing import NDArray
+
+from dist_dp.datasets.encode import RECORD_KEY, stored_schema
+from dist_dp.datasets.manifest import (
+    FORMAT_VERSION,
+    MANIFEST_NAME,
+    FileIdentity,
+    Manifest,
+    SplitInfo,
+    check_schema_fits,
+    combined_fingerprint,
+    load_manifest,
+)
+from dist_dp.datasets.readers import Reader, open_reader
+from dist_dp.datasets.schema import DataSchema
+from dist_dp.errors import ConfigError, DataError
+
+DEFAULT_SPLIT: Mapping[str, float] = {"train": 0.8, "valid": 0.1, "test": 0.1}
+
+
+def convert(
+    source: str | Path,
+    destination: str | Path,
+    *,
+    format: str = "auto",
+    schema: DataSchema | None = None,
+    split: Mapping[str, float] | None = DEFAULT_SPLIT,
+    split_seed: int = 0,
+    skip_bad_rows: bool = False,
+    progress: bool = True,
+    overwrite: bool = False,
+) -> Manifest:
+    """Converts a source to a store of memory-mapped Arrow files, unless that is done already.
+
+    The store is written beside ``destination`` and renamed when it is whole, so that a crash or
+    a full disk leaves nothing half-written. A store already there is reused when it was made
+    from the same source (size, time of change and sampled content of every file), format, split
+    and schema; only pooling and table sizes may differ, and the returned manifest holds the
+    requested ones (the file keeps those of the first conversion).
+
+    Args:
+        source: File or folder.
+        destination: Folder to make.
+        format: See :func:`dist_dp.datasets.readers.open_reader`.
+        schema: Label and features; the format's default when None.
+        split: Fraction of the records by split name, summing to 1; None puts all in ``all``.
+            A record's split depends on a hash of its content and the seed alone.
+        split_seed: Seed of the split.
+        skip_bad_rows: Leave bad rows out and count them in ``skipped_rows``, instead of an error.
+        progress: Show a progress bar on stderr if that is a terminal.
+        overwrite: Replace a store that does not fit.
+
+    Returns:
+        The manifest.
+
+    Raises:
+        DataError: A bad row, an unreadable source, a full disk, or a store in the way.
+        ConfigError: Impossible fractions, or a schema that does not fit the format.
+    """
+    reader = open_reader(
+        source, format, schema, skip_bad_rows=skip_bad_rows, split_seed=_checked_seed(split_seed)
+    )
+    return write_store(reader, destination, split=split, progress=progress, overwrite=overwrite)
+
+
+def write_store(
+    reader: Reader,
+    destination: str | Path,
+    *,
+    split: Mapping[str, float] | None = DEFAULT_SPLIT,
+    progress: bool = True,
+    overwrite: bool = False,
+) -> Manifest:
+    """:func:`convert` for a reader already open; its ``split_seed`` is used."""
+    destination = Path(destination)
+    split = _checked_split(split)
+    identity = reader.identity()
+    if destination.exists() and not overwrite:
+        return _reused(destination, reader, identity, split)
+    if destination.exists() and not (destination / MANIFEST_NAME).exists():
+        raise DataError(
+            f"{destination}: exists and is not a converted data set; it is not overwritten: "
+            "choose another destination"
+        )
+    try:
+        with _partial_folder(destination) as folder:
+            splits = _write_splits(reader, folder, split, progress)
+            if reader.identity() != identity:
+                raise DataError(f"{reader.path}: changed while it was read; convert it again")
+            manifest = Manifest(
+                format_version=FORMAT_VERSION,
+                source_format=reader.format,
+                source=identity,
+                data_schema=reader.schema,
+                split=split,
+                split_seed=reader.split_seed,
+                splits=splits,
+                skipped_rows=dict(sorted(reader.skipped.items())),
+                fingerprint=combined_fingerprint(splits),
+            )
+            with (folder / MANIFEST_NAME).open("w") as stream:
+                stream.write(manifest.to_json())
+                stream.flush()
+                os.fsync(stream.fileno())
+            if _publish(folder, destination, overwrite):
+                return manifest
+    except OSError as error:
+        full = error.errno in (errno.ENOSPC, errno.EDQUOT)
+        raise DataError(
+            f"{destination}: cannot be written ({error.strerror or error}); "
+            f"{'free some space' if full else 'check the path and its permissions'} and convert "
+            "again; nothing was left behind"
+        ) from error
+    # Another process has made the same store meanwhile.
+    return _reused(destination, reader, identity, split)
+
+
+def _reused(
+    destination: Path,
+    reader: Reader,
+    identity: tuple[FileIdentity, ...],
+    split: dict[str, float] | None,
+) -> Manifest:
+    manifest = load_manifest(destination)
+    differences = [
+        what
+        for what, same in (
+            ("source", manifest.source == identity),
+            ("format", manifest.source_format == reader.format),
+            ("schema", manifest.data_schema.storage_hash() == reader.schema.storage_hash()),
+            ("split", manifest.split == split and manifest.split_seed == reader.split_seed),
+            ("skip_bad_rows", reader.skip_bad_rows or not manifest.skipped_rows),
+        )
+        if not same
+    ]
+    if manifest.split and split and list(manifest.split) != list(split):
+        differences.append("order of the splits")
+    if differences:
+        raise DataError(
+            f"{destination}: holds a data set converted with another {', '.join(differences)}; "
+            "choose another destination, or pass overwrite=True to replace it"
+        )
+    check_schema_fits(manifest, reader.schema, destination)
+    return manifest.model_copy(update={"data_schema": reader.schema})
+
+
+def _checked_seed(seed: int) -> int:
+    if not 0 <= seed < 2**64:
+        raise ConfigError(f"split_seed is {seed}; it must lie in [0, 2**64)")
+    return seed
+
+
+def _checked_split(split: Mapping[str, float] | None) -> dict[str, float] | None:
+    if split is None:
+        return None
+    for name, fraction in split.items():
+        if not name.isidentifier():
+            raise ConfigError(f"split: {name!r} cannot name a split; use letters and digits")
+        if not 0 < fraction <= 1:
+            raise ConfigError(f"split: {name} is {fraction}; a fraction lies in (0, 1]")
+    if abs(sum(split.values()) - 1) > 1e-9:
+        raise ConfigError(f"split: the fractions sum to {sum(split.values()):g}; they must sum to 1")
+    return {name: float(fraction) for name, fraction in split.items()}
+
+
+def assign_splits(keys: NDArray[np.uint64], split: Mapping[str, float]) -> NDArray[np.int64]:
+    """Position of the split of each record key, by the cumulated fractions."""
+    uniform = (keys >> np.uint64(11)).astype(np.float64) * 2.0**-53
+    bounds = np.cumsum(list(split.values()))
+    bounds[-1] = 1.0
+    return np.searchsorted(bounds, uniform, side="right")
+
+
+def _write_splits(
+    reader: Reader, folder: Path, split: dict[str, float] | None, progress: bool
+) -> dict[str, SplitInfo]:
+    names = list(split) if split else ["all"]
+    with contextlib.ExitStack() as stack:
+        writers = [stack.enter_context(_SplitWriter(folder, name, reader.schema)) for name in names]
+        advance = stack.enter_context(_progress(reader, progress))
+        rows = 0
+        for batch in reader:
+            keys = batch.column(RECORD_KEY).to_numpy(zero_copy_only=False)
+            content = batch.drop_columns([RECORD_KEY])
+            rows += batch.num_rows
+            if split is None:
+                writers[0].write(content)
+            else:
+                assigned = assign_splits(keys, split)
+                for position, writer in enumerate(writers):
+                    writer.write(content.take(np.flatnonzero(assigned == position)))
+            advance()
+        advance()
+        if rows == 0:
+            raise DataError(
+                f"{reader.path}: no usable row is left ({sum(reader.skipped.values())} skipped); "
+                "check the format"
+            )
+        return {name: writer.finish() for name, writer in zip(names, writers, strict=True)}
+
+
+class _HashingFile:
+    """A file object that keeps the sha256 of what is written."""
+
+    def __init__(self, stream: IO[bytes]) -> None:
+        self._stream = stream
+        self.digest = hashlib.sha256()
+        self.closed = False
+
+    def write(self, data: Any) -> int:
+        self.digest.update(data)
+        return self._stream.write(data)
+
+    def flush(self) -> None:
+        self._stream.flush()
+
+    def tell(self) -> int:
+        return self._stream.tell()
+
+    def close(self) -> None:
+        self.closed = True
+
+
+class _SplitWriter:
+    """Writes one split's Arrow file, and hashes the values in it."""
+
+    def __init__(self, folder: Path, name: str, schema: DataSchema) -> None:
+        self._path = folder / f"{name}.arrow"
+        self._schema = stored_schema(schema)
+        self._columns = {field.name: hashlib.sha256() for field in self._schema}
+        self._rows = 0
+
+    def __enter__(self) -> Self:
+        self._stream = self._path.open("wb")
+        self._file = _HashingFile(self._stream)
+        self._writer = pa.ipc.new_file(pa.PythonFile(self._file, "w"), self._schema)
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        # Closing the Arrow writer belongs to finish() alone: a second time adds a second footer.
+        with contextlib.suppress(OSError):
+            self._stream.close()
+
+    def write(self, batch: Any) -> None:
+        if batch.num_rows == 0:
+            return
+        self._rows += batch.num_rows
+        for name, digest in self._columns.items():
+            array = batch.column(name)
+            if pa.types.is_list(array.type):
+                digest.update(np.ascontiguousarray(array.value_lengths()))
+            flat = array if pa.types.is_float32(array.type) else array.flatten()
+            digest.update(np.ascontiguousarray(flat))
+        self._writer.write_batch(batch)
+
+    def finish(self) -> SplitInfo:
+        self._writer.close()
+        self._stream.flush()
+        os.fsync(self._stream.fileno())
+        content = [[name, digest.hexdigest()] for name, digest in self._columns.items()]
+        text = json.dumps([self._rows, content])
+        return SplitInfo(
+            file=self._path.name,
+            rows=self._rows,
+            bytes=self._path.stat().st_size,
+            sha256=self._file.digest.hexdigest(),
+            fingerprint=hashlib.sha256(text.encode()).hexdigest(),
+        )
+
+
+@contextlib.contextmanager
+def _partial_folder(destination: Path) -> Iterator[Path]:
+    """A locked temporary folder beside the destination, removed at the end if still there.
+
+    Folders that a killed process has left are recognised by their free lock, and removed.
+    """
+    parent = destination.absolute().parent
+    parent.mkdir(parents=True, exist_ok=True)
+    prefix = f".{destination.name}.partial-"
+    for left in parent.glob(f"{prefix}*"):
+        with contextlib.suppress(OSError), _locked(left / "lock"):
+            shutil.rmtree(left, ignore_errors=True)
+    folder = Path(tempfile.mkdtemp(prefix=prefix, dir=parent))
+    try:
+        with _locked(folder / "lock"):
+            yield folder
+    finally:
+        shutil.rmtree(folder, ignore_errors=True)
+
+
+@contextlib.contextmanager
+def _locked(path: Path) -> Iterator[None]:
+    """Holds the lock of a file; raises BlockingIOError when another process does."""
+    with path.open("w") as stream:
+        fcntl.flock(stream, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        yield
+
+
+def _publish(folder: Path, destination: Path, overwrite: bool) -> bool:
+    """Renames the finished folder; False if another process's store is there by now."""
+    (folder / "lock").unlink()
+    folder.chmod(0o755)
+    if overwrite and destination.exists():
+        old = folder.with_name(folder.name.replace(".partial-", ".replaced-"))
+        destination.rename(old)
+        try:
+            folder.rename(destination)
+        except OSError:
+            old.rename(destination)
+            raise
+        shutil.rmtree(old, ignore_errors=True)
+        return True
+    try:
+        folder.rename(destination)
+    except OSError as error:
+        if error.errno in (errno.ENOTEMPTY, errno.EEXIST):
+            return False
+        raise
+    return True
+
+
+@contextlib.contextmanager
+def _progress(reader: Reader, wanted: bool) -> Iterator[Any]:
+    """Gives a function to call after each batch; draws only on a terminal."""
+    if not wanted or not sys.stderr.isatty():
+        yield lambda: None
+        return
+    from rich.console import Console
+    from rich.progress import BarColumn, DownloadColumn, Progress, TextColumn, TimeRemainingColumn
+
+    columns = (TextColumn("{task.description}"), BarColumn(), DownloadColumn())
+    console = Console(stderr=True)
+    with Progress(*columns, TimeRemainingColumn(), console=console, transient=True) as bar:
+        task = bar.add_task(f"converting {reader.path.name}", total=reader.total_bytes)
+        yield lambda: bar.update(task, completed=reader.bytes_read)

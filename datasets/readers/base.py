@@ -1,0 +1,96 @@
+"""What all readers share: the schema, the treatment of bad rows, the count of bytes read."""
+
+from __future__ import annotations
+
+from abc import ABC, abstractmethod
+from collections import Counter
+from collections.abc import Callable, Iterator, Sequence
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from dist_dp.datasets.encode import Columns, Encoder, Problem
+from dist_dp.datasets.manifest import FileIdentity, identify_file
+from dist_dp.datasets.schema import DataSchema
+from dist_dp.errors import DataError
+
+
+class Reader(ABC):
+    """Reads one source as record batches of the stored form (see ``encode``).
+
+    Attributes:
+        format: Name of the format.
+        path: The file or folder.
+        schema: Label and features.
+        files: Every file that is read, in order; together they identify the source.
+        skipped: Bad rows left out, by reason (only with ``skip_bad_rows``).
+        bytes_read: Bytes of ``files`` consumed so far, for a progress bar.
+    """
+
+    format: str
+
+    def __init__(
+        self,
+        path: Path,
+        schema: DataSchema,
+        files: list[Path],
+        *,
+        skip_bad_rows: bool = False,
+        split_seed: int = 0,
+        chunk_bytes: int = 32 << 20,
+    ) -> None:
+        """Stores the settings; nothing is read yet."""
+        self.path = path
+        self.schema = schema
+        self.files = files
+        self.skip_bad_rows = skip_bad_rows
+        self.split_seed = split_seed
+        self.chunk_bytes = chunk_bytes
+        self.skipped: Counter[str] = Counter()
+        self.bytes_read = 0
+        self._encoder = Encoder(schema, str(path))
+
+    @property
+    def total_bytes(self) -> int:
+        """Size of all files, in bytes."""
+        return sum(file.stat().st_size for file in self.files)
+
+    def identity(self) -> tuple[FileIdentity, ...]:
+        """What tells this source from another, or from a later state of itself."""
+        try:
+            return tuple(identify_file(file) for file in self.files)
+        except OSError as error:
+            raise DataError(f"{self.path}: cannot be read ({error}); check the file") from error
+
+    @abstractmethod
+    def batches(self) -> Iterator[Any]:
+        """Yields record batches of the stored form, in the order of the source.
+
+        Raises:
+            DataError: A bad row (unless ``skip_bad_rows``), with its file and line.
+        """
+
+    def __iter__(self) -> Iterator[Any]:
+        return self.batches()
+
+    def _encode(
+        self, columns: Columns, where: Callable[[int], str], known: Sequence[Problem] = ()
+    ) -> Any:
+        """Encodes a chunk; raises for its first bad row, or drops and counts the bad ones.
+
+        ``known`` are problems the reader has found itself.
+        """
+        batch, found = self._encoder.encode(columns, self.split_seed)
+        problems = [*known, *found]
+        if not problems:
+            return batch
+        if not self.skip_bad_rows:
+            row, problem = min(((int(p.rows[0]), p) for p in problems), key=lambda item: item[0])
+            raise DataError(f"{where(row)}: {problem.describe(row)}")
+        good = np.ones(columns.num_rows, dtype=bool)
+        for problem in problems:
+            fresh = problem.rows[good[problem.rows]]  # a row counts once, under its first reason
+            self.skipped[problem.reason] += len(fresh)
+            good[fresh] = False
+        return batch.take(np.flatnonzero(good))

@@ -1,0 +1,125 @@
+"""One face for every accountant: straight on a ledger here, or through an actor on Ray."""
+
+from __future__ import annotations
+
+import secrets
+from abc import ABC, abstractmethod
+from typing import TYPE_CHECKING, Any, cast
+
+from dist_dp.accounting import GaussianEvent
+from dist_dp.ledger_state import DatasetBudget, Entry, Lease, Spend
+
+if TYPE_CHECKING:
+    from dist_dp.ledger import Ledger
+
+WRITING = frozenset(
+    {"register_dataset", "set_budget", "open_run", "reserve", "settle", "close_run"}
+)
+READING = frozenset({"spent", "run_epsilon", "history", "datasets"})
+
+
+class Accountant(ABC):
+    """The methods of a `dist_dp.ledger.Ledger`, wherever that ledger is.
+
+    Every writing call carries a fresh request id, so that a transport may repeat it without
+    charging twice. See the ledger's methods for arguments, errors and guarantees.
+    """
+
+    @abstractmethod
+    def _call(self, method: str, *args: Any, **kwargs: Any) -> Any:
+        """Call a method of the ledger and return its result."""
+
+    def _write(self, method: str, *args: Any, request_id: str | None, **kwargs: Any) -> Any:
+        return self._call(method, *args, request_id=request_id or secrets.token_hex(16), **kwargs)
+
+    def register_dataset(
+        self,
+        name: str,
+        *,
+        fingerprint: str,
+        num_records: int,
+        epsilon: float | None = None,
+        delta: float | None = None,
+        unit: str = "record",
+        explicit: bool = True,
+        request_id: str | None = None,
+    ) -> DatasetBudget:
+        """Register a data set with its total budget, or return the budget it has."""
+        result = self._write(
+            "register_dataset",
+            name,
+            fingerprint=fingerprint,
+            num_records=num_records,
+            epsilon=epsilon,
+            delta=delta,
+            unit=unit,
+            explicit=explicit,
+            request_id=request_id,
+        )
+        return cast(DatasetBudget, result)
+
+    def set_budget(
+        self, name: str, epsilon: float, delta: float, reason: str, *, request_id: str | None = None
+    ) -> DatasetBudget:
+        """Change a data set's total budget."""
+        result = self._write("set_budget", name, epsilon, delta, reason, request_id=request_id)
+        return cast(DatasetBudget, result)
+
+    def open_run(
+        self,
+        run_id: str,
+        dataset: str,
+        event: GaussianEvent | None,
+        planned_steps: int,
+        details: dict[str, Any] | None = None,
+        *,
+        request_id: str | None = None,
+    ) -> None:
+        """Open a run that will be charged to a data set."""
+        self._write(
+            "open_run", run_id, dataset, event, planned_steps, details, request_id=request_id
+        )
+
+    def reserve(
+        self, run_id: str, first_step: int, steps: int, *, request_id: str | None = None
+    ) -> Lease:
+        """Charge steps of a run before they are run."""
+        return cast(Lease, self._write("reserve", run_id, first_step, steps, request_id=request_id))
+
+    def settle(self, lease_id: str, used_steps: int, *, request_id: str | None = None) -> None:
+        """Record how many steps of a lease were begun, and give the others back."""
+        self._write("settle", lease_id, used_steps, request_id=request_id)
+
+    def close_run(self, run_id: str, status: str, *, request_id: str | None = None) -> None:
+        """Close a run; it reserves no more."""
+        self._write("close_run", run_id, status, request_id=request_id)
+
+    def spent(self, dataset: str) -> Spend:
+        """Return what a data set has spent over all its runs."""
+        return cast(Spend, self._call("spent", dataset))
+
+    def run_epsilon(self, run_id: str, delta: float | None = None) -> float:
+        """Return ε of one run's charge alone."""
+        return float(self._call("run_epsilon", run_id, delta))
+
+    def history(self, dataset: str) -> list[Entry]:
+        """Return every entry of a data set, oldest first."""
+        return cast("list[Entry]", self._call("history", dataset))
+
+    def datasets(self) -> list[DatasetBudget]:
+        """Return all registered data sets, by name."""
+        return cast("list[DatasetBudget]", self._call("datasets"))
+
+
+class LocalAccountant(Accountant):
+    """An accountant in this process, straight on a ledger, without Ray.
+
+    Args:
+        ledger: the ledger to charge.
+    """
+
+    def __init__(self, ledger: Ledger) -> None:
+        self.ledger = ledger
+
+    def _call(self, method: str, *args: Any, **kwargs: Any) -> Any:
+        return getattr(self.ledger, method)(*args, **kwargs)

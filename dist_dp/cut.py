@@ -1,0 +1,327 @@
+"""The graph cut at the embedding tables, and the watch on their lookups.
+
+A sharded collection is wrapped so that in training its output is a *leaf* of the autograd graph:
+the one backward of a step stops there, and row b of the leaf's gradient is example b's gradient
+for all tables, on its home rank, with nothing sent yet. Once the clip factors are known, the
+scaled gradient goes on through TorchRec: one all-to-all, one fused update.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass, field
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from dist_dp.clipping.table_norms import TableUse, squared_norms
+from dist_dp.errors import ConfigError, DataError, ModelError
+from dist_dp.replicas import ReplicatedTables, sequence_lookup
+from dist_dp.sharding import TableOptimizer, table_configs
+from dist_dp.table_shard import TableShard
+
+LookupWatch = Callable[[TableShard, Tensor], None]
+"""Called with a shard and the distinct local rows a lookup is about to read."""
+
+
+@dataclass
+class _Piece:
+    """One tensor of a collection's output: attached to the sharded graph, and cut from it."""
+
+    attached: Tensor
+    lengths: Tensor | None
+    leaf: Tensor = field(init=False)
+
+    def __post_init__(self) -> None:
+        self.leaf = self.attached.detach().requires_grad_()
+
+    def scaled(self, coefficients: Tensor) -> Tensor:
+        """The leaf's gradient times each example's coefficient."""
+        grad = self.leaf.grad
+        if grad is None:
+            return torch.zeros_like(self.leaf)
+        if self.lengths is not None:
+            coefficients = torch.repeat_interleave(
+                coefficients, self.lengths, output_size=grad.shape[0]
+            )
+        return grad * coefficients.unsqueeze(1)
+
+
+@dataclass
+class _Call:
+    """One forward of a collection: its features, its output pieces, the width of each key."""
+
+    features: Any
+    pieces: dict[str, _Piece]
+    dims: dict[str, int]
+
+
+class CutEmbeddings(nn.Module):
+    """A sharded TorchRec collection, cut from the dense model in training.
+
+    Args:
+        sharded: TorchRec's sharded module.
+        collection: The unsharded module it came from (for its configuration).
+        path: Path of the collection in the model.
+        kinds: Sharding kind by table name.
+        optimizer: The fused optimizer of the tables.
+    """
+
+    def __init__(
+        self,
+        sharded: nn.Module,
+        collection: nn.Module,
+        path: str,
+        kinds: dict[str, str],
+        optimizer: TableOptimizer,
+    ) -> None:
+        super().__init__()
+        from torchrec.modules.embedding_modules import get_embedding_names_by_table
+
+        self.sharded = sharded
+        self.path = path
+        self.configs = table_configs(collection)
+        self.pooled = hasattr(collection, "embedding_bag_configs")
+        self.output_names: list[list[str]] = get_embedding_names_by_table(self.configs)
+        self.shards: list[TableShard] = []
+        self.fused: list[Any] = []
+        self.replicas: list[ReplicatedTables] = []
+        # FBGEMM binds the learning rate at the lookup. SGD is linear in the gradient, so there it
+        # stays 1 and the gradient carries the rate of the step; else it is set at the lookup.
+        self.linear = optimizer.kind == "sgd"
+        self.learning_rate: Callable[[], float] = lambda: 0.0
+        self._bound_rate = 1.0
+        self._watches: list[LookupWatch] = []
+        self._calls: list[_Call] = []
+        self._find_shards(kinds)
+
+    def embedding_bag_configs(self) -> list[Any]:
+        """The table configurations, as the unsharded pooled collection gives them."""
+        return self.configs
+
+    def embedding_configs(self) -> list[Any]:
+        """The table configurations, as the unsharded sequence collection gives them."""
+        return self.configs
+
+    def table_id(self, name: str) -> str:
+        """Unique name of one of the collection's tables."""
+        return f"{self.path}.{name}"
+
+    def _find_shards(self, kinds: dict[str, str]) -> None:
+        from torch.nn.parallel import DistributedDataParallel
+
+        lookups: Any = self.sharded._lookups
+        for i, wrapped in enumerate(lookups):
+            lookup = wrapped
+            if isinstance(lookup, DistributedDataParallel):
+                # DDP would average the gradients of replicas behind our back.
+                lookup = lookups[i] = wrapped.module
+            for kernel in lookup._emb_modules:
+                self._adopt_kernel(kernel, kinds)
+
+    def _adopt_kernel(self, kernel: Any, kinds: dict[str, str]) -> None:
+        dims = {c.name: c.embedding_dim for c in self.configs}
+        shards: list[TableShard] = []
+        feature_counts: list[int] = []
+        weights = kernel.split_embedding_weights()
+        for config, weight in zip(kernel._config.embedding_tables, weights, strict=True):
+            offsets = config.local_metadata.shard_offsets if config.local_metadata else [0, 0]
+            kind = kinds[config.name]
+            shards.append(
+                TableShard(
+                    table=self.table_id(config.name),
+                    num_rows=config.num_embeddings,
+                    dim=dims[config.name],
+                    row_offset=offsets[0],
+                    column_offset=offsets[1],
+                    weight=weight.detach().view(config.local_rows, config.local_cols),
+                    replicated=kind == "data_parallel",
+                    kind=kind,
+                )
+            )
+            feature_counts.append(len(config.feature_names))
+        self.shards.extend(shards)
+        replicas: ReplicatedTables | None = None
+        if hasattr(kernel.emb_module, "set_learning_rate"):
+            self.fused.append(kernel.emb_module)
+        else:
+            replicas = ReplicatedTables(kernel, shards)
+            self.replicas.append(replicas)
+            if not self.pooled and shards[0].weight.device.type == "cpu":
+                kernel.forward = sequence_lookup(kernel, shards, feature_counts)
+
+        def before(_module: nn.Module, args: tuple[Any, ...]) -> None:
+            features = args[0]
+            bounds = features.offset_per_key()
+            start = 0
+            for index, (shard, count) in enumerate(zip(shards, feature_counts, strict=True)):
+                rows = shard.unique_rows(features.values()[bounds[start] : bounds[start + count]])
+                start += count
+                if replicas is not None and self.training and torch.is_grad_enabled():
+                    replicas.note(index, rows)
+                for watch in self._watches:
+                    watch(shard, rows)
+
+        kernel.register_forward_pre_hook(before)
+
+    def watch_lookups(self, watch: LookupWatch) -> None:
+        """Calls ``watch`` before every lookup, on the rank that owns the rows."""
+        self._watches.append(watch)
+
+    def forward(self, features: Any) -> Any:
+        """Looks up; in training the result is a leaf of the graph.
+
+        Args:
+            features: KeyedJaggedTensor with the features of the collection.
+
+        Returns:
+            KeyedTensor (pooled) or dict of JaggedTensor (sequence), as TorchRec returns.
+
+        Raises:
+            DataError: An id lies outside its table.
+            ModelError: The id weights are themselves trained.
+        """
+        self._check(features)
+        self._bound_rate = 1.0 if self.linear else self.learning_rate()
+        for fused in self.fused:
+            fused.set_learning_rate(self._bound_rate)
+        output = self.sharded(features)
+        output = output.wait() if hasattr(output, "wait") else output
+        if not (self.training and torch.is_grad_enabled()):
+            return output
+        if self.pooled:
+            return self._cut_pooled(features, output)
+        return self._cut_sequence(features, output)
+
+    def _check(self, features: Any) -> None:
+        for config in self.configs:
+            for name in config.feature_names:
+                ids = features[name].values()
+                if ids.numel() == 0:
+                    continue
+                low, high = (int(x) for x in torch.aminmax(ids))
+                if low < 0 or high >= config.num_embeddings:
+                    raise DataError(
+                        f"feature '{name}' holds the id {low if low < 0 else high}, outside table "
+                        f"'{config.name}' of {config.num_embeddings} rows; hash the ids, or "
+                        "enlarge the table"
+                    )
+        weights = features.weights_or_none()
+        if weights is not None and weights.requires_grad:
+            raise ModelError(
+                f"collection '{self.path}' got id weights that are themselves trained; they have "
+                "no clipping rule. Detach them, or use unweighted bags."
+            )
+
+    def _cut_pooled(self, features: Any, output: Any) -> Any:
+        from torchrec import KeyedTensor
+
+        piece = _Piece(output.values(), lengths=None)
+        keys, dims = output.keys(), output.length_per_key()
+        self._calls.append(_Call(features, {"": piece}, dict(zip(keys, dims, strict=True))))
+        return KeyedTensor(keys=keys, length_per_key=dims, values=piece.leaf)
+
+    def _cut_sequence(self, features: Any, output: Any) -> Any:
+        from torchrec import JaggedTensor
+
+        pieces: dict[str, _Piece] = {}
+        result: dict[str, Any] = {}
+        for key, jagged in output.items():
+            pieces[key] = _Piece(jagged.values(), lengths=jagged.lengths().to(torch.int64))
+            result[key] = JaggedTensor(
+                values=pieces[key].leaf,
+                lengths=jagged.lengths(),
+                weights=jagged.weights_or_none(),
+            )
+        self._calls.append(_Call(features, pieces, {}))
+        return result
+
+    @property
+    def batch(self) -> int | None:
+        """Examples of the recorded forward on this rank, None before any."""
+        return self._calls[0].features.stride() if self._calls else None
+
+    def _uses(self, call: _Call) -> Iterator[tuple[str, TableUse]]:
+        pooled_grads: dict[str, Tensor] = {}
+        if self.pooled:
+            grad = call.pieces[""].leaf.grad
+            if grad is None:
+                return
+            parts = grad.split(list(call.dims.values()), dim=1)
+            pooled_grads = dict(zip(call.dims, parts, strict=True))
+        for config, names in zip(self.configs, self.output_names, strict=True):
+            for feature, key in zip(config.feature_names, names, strict=True):
+                delta = pooled_grads[key] if self.pooled else call.pieces[key].leaf.grad
+                if delta is None:
+                    continue
+                bag = call.features[feature]
+                mean = self.pooled and config.pooling.name == "MEAN"
+                yield (
+                    self.table_id(config.name),
+                    TableUse(
+                        rows=bag.values().to(torch.int64),
+                        lengths=bag.lengths().to(torch.int64),
+                        entry_weights=_entry_weights(bag, mean) if self.pooled else None,
+                        delta=delta,
+                        pooled=self.pooled,
+                    ),
+                )
+
+    def squared_norms(self, batch: int, device: torch.device) -> Tensor:
+        """Σ over tables of the squared per-example gradient norms, float ``[batch]``."""
+        uses: dict[str, list[TableUse]] = {}
+        for call in self._calls:
+            for table, use in self._uses(call):
+                uses.setdefault(table, []).append(use)
+        rows = {self.table_id(c.name): c.num_embeddings for c in self.configs}
+        total = torch.zeros(batch, device=device)
+        for table, found in uses.items():
+            total += squared_norms(found, rows[table], batch)
+        return total
+
+    def backward(self, coefficients: Tensor, learning_rate: float) -> None:
+        """Sends the scaled gradient on and updates the tables.
+
+        Every rank must call this once a step: it communicates.
+
+        Args:
+            coefficients: float ``[batch]``: clip factor of each example divided by the expected
+                batch size; 0 for padding.
+            learning_rate: Step size of the update.
+
+        Raises:
+            ConfigError: The learning rate of an Adagrad changed between forward and step.
+        """
+        if not self.linear and learning_rate != self._bound_rate:
+            raise ConfigError(
+                f"the tables' learning rate changed from {self._bound_rate:g} to "
+                f"{learning_rate:g} between forward and optimizer.step(); call the learning-rate "
+                "scheduler after optimizer.step()"
+            )
+        pieces = [p for call in self._calls for p in call.pieces.values()]
+        if pieces:
+            scale = coefficients * learning_rate if self.linear else coefficients
+            torch.autograd.backward([p.attached for p in pieces], [p.scaled(scale) for p in pieces])
+        self._calls.clear()
+        for replica in self.replicas:
+            # The gradient that reaches replicas carries the rate as well.
+            replica.apply()
+
+    def clear(self) -> None:
+        """Forgets recorded forwards without updating anything."""
+        self._calls.clear()
+        for replica in self.replicas:
+            replica.clear()
+
+
+def _entry_weights(bag: Any, mean: bool) -> Tensor | None:
+    """Weight of each id in its bag's pooled output, float ``[entries]``; None for all ones."""
+    weights: Tensor | None = bag.weights_or_none()
+    if not mean:
+        return weights
+    lengths = bag.lengths().to(torch.int64)
+    each = torch.repeat_interleave(
+        1.0 / lengths.clamp_min(1), lengths, output_size=bag.values().numel()
+    )
+    return each if weights is None else each * weights

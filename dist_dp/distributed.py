@@ -1,0 +1,74 @@
+"""The few collectives this package uses, in one place; one process needs none of them."""
+
+from __future__ import annotations
+
+from typing import TypeVar
+
+import torch
+import torch.distributed as dist
+from torch import Tensor
+
+T = TypeVar("T")
+
+
+def ensure_process_group() -> None:
+    """Joins a process group of one when none exists, so that sharding works in a plain script.
+
+    The store lives in this process: no port is opened.
+    """
+    if not dist.is_initialized():
+        dist.init_process_group("gloo", store=dist.HashStore(), rank=0, world_size=1)
+
+
+def rank() -> int:
+    """This process's rank, 0 without a process group."""
+    return dist.get_rank() if dist.is_initialized() else 0
+
+
+def world_size() -> int:
+    """Number of processes, 1 without a process group."""
+    return dist.get_world_size() if dist.is_initialized() else 1
+
+
+def all_reduce_sum(value: Tensor) -> Tensor:
+    """Sums a tensor over ranks, in place; returns it."""
+    if world_size() > 1:
+        dist.all_reduce(value)
+    return value
+
+
+def all_reduce_max(value: Tensor) -> Tensor:
+    """Maximum over ranks, in place; returns it."""
+    if world_size() > 1:
+        dist.all_reduce(value, op=dist.ReduceOp.MAX)
+    return value
+
+
+def broadcast_object(value: T, source: int = 0) -> T:
+    """Gives every rank the source's object (simple types, small)."""
+    if world_size() == 1:
+        return value
+    box: list[T] = [value]
+    dist.broadcast_object_list(box, src=source)
+    return box[0]
+
+
+def all_gather_cat(value: Tensor) -> Tensor:
+    """Concatenates 1-D tensors of any length over ranks, in rank order."""
+    if world_size() == 1:
+        return value
+    size = torch.tensor([value.numel()], device=value.device)
+    sizes = [torch.zeros_like(size) for _ in range(world_size())]
+    dist.all_gather(sizes, size)
+    counts = [int(s) for s in sizes]
+    padded = value.new_zeros(max(1, max(counts)))
+    padded[: value.numel()] = value
+    parts = [torch.empty_like(padded) for _ in counts]
+    dist.all_gather(parts, padded)
+    return torch.cat([p[:c] for p, c in zip(parts, counts, strict=True)])
+
+
+def barrier() -> None:
+    """Waits for every rank."""
+    if world_size() > 1:
+        dist.barrier()

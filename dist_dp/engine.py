@@ -1,0 +1,338 @@
+"""Makes an existing TorchRec model and loader private, in three lines.
+
+Example:
+    engine = PrivacyEngine(dataset="clicks-2026")
+    model, optimizer, loader = engine.make_private_with_epsilon(
+        module=model, optimizer=optimizer, data_loader=loader,
+        target_epsilon=8.0, target_delta=1e-7, epochs=3, max_grad_norm=1.0,
+    )
+    for dense, sparse, labels in loader:      # the loop stays as it was
+        loss = criterion(model(dense, sparse), labels)
+        loss.backward()
+        optimizer.step()
+        optimizer.zero_grad()
+    engine.release("released_model")
+"""
+
+from __future__ import annotations
+
+import math
+import os
+import secrets
+import uuid
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import nn
+
+from dist_dp.distributed import broadcast_object, ensure_process_group, rank
+from dist_dp.errors import ConfigError, DistDpError
+from dist_dp.leases import StepLeases
+from dist_dp.ledger import Ledger, LocalAccountant
+from dist_dp.loader import PoissonLoader, as_source
+from dist_dp.mechanisms import mechanism_class
+from dist_dp.optimizer import LossReduction, PrivateOptimizer
+from dist_dp.plan import PrivacyPlan
+from dist_dp.private_model import PrivateModel, build_private_model, optimizer_settings
+from dist_dp.sampling import PoissonSampler
+from dist_dp.sharding import ShardingKind, TableOptimizer
+from dist_dp.timing import PhaseTimer
+
+
+def default_ledger_path() -> Path:
+    """Where the ledger lives unless told otherwise.
+
+    ``$DIST_DP_LEDGER``, or ``dist-dp/ledger.sqlite`` in the user's data folder: one place for
+    all runs, so that runs which name the same data set share its budget wherever they start.
+    """
+    given = os.environ.get("DIST_DP_LEDGER")
+    if given:
+        return Path(given)
+    home = os.environ.get("XDG_DATA_HOME") or Path.home() / ".local" / "share"
+    return Path(home) / "dist-dp" / "ledger.sqlite"
+
+
+class PrivacyEngine:
+    """Couples sampling, clipping, noise and accounting for one run.
+
+    Guarantee:
+        What :meth:`release` writes is (ε, δ)-DP with respect to adding or removing one record
+        of ``data_loader``'s data set, at the ε that ``plan.epsilon(steps taken)`` says, and the
+        ledger was charged at least that before each step. See :class:`PrivateOptimizer` for what
+        it assumes.
+
+    Args:
+        dataset: Name of the data set in the ledger; runs that name it share its budget.
+        mechanism: ``lazydp`` (default), ``dpsgd`` or ``none``.
+        sharding: One kind for all tables or a kind by table name; ``auto`` asks TorchRec's
+            planner.
+        accountant: Rank 0's accountant; by default the ledger at ``ledger``, in this process.
+        ledger: Path of the ledger; see :func:`default_ledger_path`.
+        run_id: The run's name in the ledger; by default a new one.
+        secret: 32-byte secret for reproducible tests. Leave it out: the operating system makes
+            one. A given secret marks the run as not private.
+        device: Where tables and dense layers live; by default where the model is.
+    """
+
+    def __init__(
+        self,
+        *,
+        dataset: str,
+        mechanism: str = "lazydp",
+        sharding: ShardingKind | Mapping[str, ShardingKind] = "auto",
+        accountant: Any = None,
+        ledger: str | Path | None = None,
+        run_id: str | None = None,
+        secret: bytes | None = None,
+        device: torch.device | str | None = None,
+    ) -> None:
+        self.dataset = dataset
+        self.mechanism_class = mechanism_class(mechanism)
+        self.sharding = sharding
+        self.run_id = run_id
+        self.secret_is_given = secret is not None
+        self.device = None if device is None else torch.device(device)
+        self.timer = PhaseTimer(self.device)
+        self._secret = secret
+        self._accountant = accountant
+        self._ledger_path = Path(ledger) if ledger else default_ledger_path()
+        self._parts: PrivateModel | None = None
+
+    @property
+    def parts(self) -> PrivateModel:
+        """The private model's parts.
+
+        Raises:
+            DistDpError: ``make_private`` was not called yet.
+        """
+        if self._parts is None:
+            raise DistDpError("call make_private or make_private_with_epsilon first")
+        return self._parts
+
+    def make_private_with_epsilon(
+        self,
+        *,
+        module: nn.Module,
+        optimizer: torch.optim.Optimizer,
+        data_loader: Any,
+        target_epsilon: float,
+        target_delta: float,
+        max_grad_norm: float,
+        epochs: float | None = None,
+        steps: int | None = None,
+        expected_batch_size: float | None = None,
+        **options: Any,
+    ) -> tuple[nn.Module, PrivateOptimizer, PoissonLoader]:
+        """As :meth:`make_private`, with the noise calibrated to (ε, δ) over the planned steps."""
+        plan = self._plan(
+            data_loader, optimizer, None, max_grad_norm, None, epochs, steps, expected_batch_size
+        ).calibrate(target_epsilon, target_delta)
+        return self.make_private_from_plan(
+            plan, module=module, optimizer=optimizer, data_loader=data_loader, **options
+        )
+
+    def make_private(
+        self,
+        *,
+        module: nn.Module,
+        optimizer: torch.optim.Optimizer,
+        data_loader: Any,
+        noise_multiplier: float,
+        max_grad_norm: float,
+        target_delta: float | None = None,
+        epochs: float | None = None,
+        steps: int | None = None,
+        expected_batch_size: float | None = None,
+        **options: Any,
+    ) -> tuple[nn.Module, PrivateOptimizer, PoissonLoader]:
+        """Shards the model, cuts it at its tables, and couples it to a private loader.
+
+        Args:
+            module: A model with TorchRec collections inside; it is changed in place.
+            optimizer: Over ``module.parameters()``; its kind and settings are taken for the dense
+                layers, its learning rate and weight decay for the tables too.
+            data_loader: A torch DataLoader over a map-style data set (its ``batch_size`` becomes
+                the expected batch size over all ranks), or a data set of ``dist_dp.datasets``.
+            noise_multiplier: σ.
+            max_grad_norm: C, the clip norm over all parameters together.
+            target_delta: δ at which ε is stated; by default 0.1 / number of records.
+            epochs: Planned passes; or give ``steps``.
+            steps: Planned steps.
+            expected_batch_size: Mean Poisson batch over all ranks.
+            **options: ``loss_reduction`` (``mean`` over the batch or ``sum``), ``lease_steps``,
+                ``table_optimizer`` (a :class:`~dist_dp.sharding.TableOptimizer`), ``budget``
+                (total ``(ε, δ)`` of the data set if it is new in the ledger).
+
+        Returns:
+            The private model, optimizer and loader.
+
+        Raises:
+            ConfigError: Something does not fit together; the message names it.
+            ModelError: A layer has no clipping rule.
+            BudgetError: The data set's budget does not allow the run.
+        """
+        plan = self._plan(
+            data_loader,
+            optimizer,
+            noise_multiplier,
+            max_grad_norm,
+            target_delta,
+            epochs,
+            steps,
+            expected_batch_size,
+        )
+        return self.make_private_from_plan(
+            plan, module=module, optimizer=optimizer, data_loader=data_loader, **options
+        )
+
+    def _plan(
+        self,
+        data_loader: Any,
+        optimizer: torch.optim.Optimizer,
+        noise_multiplier: float | None,
+        max_grad_norm: float,
+        delta: float | None,
+        epochs: float | None,
+        steps: int | None,
+        expected_batch_size: float | None,
+    ) -> PrivacyPlan:
+        del optimizer
+        records = len(as_source(data_loader))
+        size = expected_batch_size or getattr(data_loader, "batch_size", None)
+        if size is None:
+            raise ConfigError("expected_batch_size is missing: the data_loader has no batch_size")
+        if (epochs is None) == (steps is None):
+            raise ConfigError("give either epochs or steps")
+        return PrivacyPlan(
+            mechanism=self.mechanism_class.name,
+            noise_multiplier=None if self.mechanism_class.name == "none" else noise_multiplier,
+            max_grad_norm=max_grad_norm,
+            num_records=records,
+            expected_batch_size=size,
+            steps=steps if steps is not None else math.ceil((epochs or 0) * records / size),
+            delta=delta if delta is not None else 0.1 / max(1, records),
+        )
+
+    def make_private_from_plan(
+        self,
+        plan: PrivacyPlan,
+        *,
+        module: nn.Module,
+        optimizer: torch.optim.Optimizer,
+        data_loader: Any,
+        loss_reduction: LossReduction = "mean",
+        lease_steps: int = 50,
+        table_optimizer: TableOptimizer | None = None,
+        table_lr: float | None = None,
+        budget: tuple[float, float] | None = None,
+        fingerprint: str | None = None,
+    ) -> tuple[nn.Module, PrivateOptimizer, PoissonLoader]:
+        """As :meth:`make_private`, from a plan made elsewhere (the trainer's way).
+
+        Args:
+            plan: The plan; its ``num_records`` must be the data's.
+            module: See :meth:`make_private`.
+            optimizer: See :meth:`make_private`.
+            data_loader: See :meth:`make_private`.
+            loss_reduction: See :meth:`make_private`.
+            lease_steps: Steps charged to the ledger at a time.
+            table_optimizer: Fused optimizer of the tables; by default the kind of ``optimizer``.
+            table_lr: Learning rate of the tables; by default the optimizer's.
+            budget: Total (ε, δ) of the data set if the ledger does not know it; by default what
+                this run will spend.
+            fingerprint: Identifies the records in the ledger.
+
+        Returns:
+            The private model, optimizer and loader.
+        """
+        source = as_source(data_loader)
+        if len(source) != plan.num_records:
+            raise ConfigError(
+                f"the plan was made for {plan.num_records} records, the data has {len(source)}"
+            )
+        settings = optimizer_settings(optimizer, table_optimizer, table_lr)
+        self.mechanism_class.check_optimizer(settings.tables.kind)
+        ensure_process_group()
+        secret = self._agree_on_secret()
+        self._parts = build_private_model(
+            module,
+            plan,
+            settings,
+            secret=secret,
+            sharding=self.sharding,
+            loss_reduction=loss_reduction,
+            device=self.device,
+            timer=self.timer,
+        )
+        # The run's account is opened last: a model that cannot be trained costs no budget.
+        self.run_id = broadcast_object(self.run_id or f"run-{uuid.uuid4().hex[:12]}")
+        accountant = self._open_run(plan, self.run_id, budget, fingerprint)
+        loader = PoissonLoader(
+            source,
+            PoissonSampler(secret, plan.num_records, plan.sample_rate),
+            StepLeases(accountant, self.run_id, plan.steps, lease_steps),
+            self._parts.state,
+            plan.steps,
+            self.timer,
+        )
+        return module, self._parts.optimizer, loader
+
+    def release(self, destination: str | Path, **details: Any) -> Path:
+        """Settles every row and writes the model; the only way to get one out.
+
+        Args:
+            destination: Folder to create; it must not exist.
+            **details: Passed to :func:`dist_dp.release.write_release`.
+
+        Returns:
+            The folder.
+        """
+        from dist_dp.release import write_release
+
+        return write_release(self, Path(destination), **details)
+
+    def _agree_on_secret(self) -> bytes:
+        """Rank 0's secret, on every rank."""
+        secret = self._secret
+        if secret is None and rank() == 0:
+            secret = secrets.token_bytes(32)
+        self._secret = broadcast_object(secret)
+        assert self._secret is not None
+        return self._secret
+
+    def _open_run(
+        self,
+        plan: PrivacyPlan,
+        run_id: str,
+        budget: tuple[float, float] | None,
+        fingerprint: str | None,
+    ) -> Any:
+        """Registers the data set and opens the run's account, on rank 0; errors reach all."""
+        failure: DistDpError | None = None
+        accountant = None
+        if rank() == 0:
+            try:
+                accountant = self._accountant or LocalAccountant(Ledger(self._ledger_path))
+                event = plan.event()
+                if event is not None:
+                    accountant.register_dataset(
+                        self.dataset,
+                        fingerprint=fingerprint or f"named:{self.dataset}",
+                        num_records=plan.num_records,
+                        epsilon=budget[0] if budget else plan.target_epsilon or plan.epsilon(),
+                        delta=budget[1] if budget else plan.delta,
+                        explicit=budget is not None,
+                    )
+                accountant.open_run(
+                    run_id, self.dataset, event, plan.steps, {"non_private": event is None}
+                )
+            except DistDpError as error:
+                failure = error
+        message = broadcast_object(str(failure) if failure else None)
+        if failure is not None:
+            raise failure
+        if message is not None:
+            raise DistDpError(message)
+        return accountant

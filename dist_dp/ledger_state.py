@@ -1,0 +1,237 @@
+"""What a ledger's entries add up to: pure bookkeeping, without disk and without Ray.
+
+The ledger only ever appends. Its state is the fold of its entries in order, so every process that
+reads the same entries arrives at the same spend.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Mapping
+from dataclasses import dataclass, field, replace
+from typing import Any, Literal
+
+from dist_dp.accounting import GaussianEvent
+from dist_dp.errors import BudgetError, LedgerError
+
+EntryKind = Literal[
+    "dataset_registered",
+    "fingerprint_added",
+    "budget_set",
+    "run_opened",
+    "steps_reserved",
+    "steps_settled",
+    "run_closed",
+]
+
+
+@dataclass(frozen=True)
+class DatasetBudget:
+    """The total a data set may ever spend, over all runs that name it."""
+
+    name: str
+    unit: str
+    num_records: int
+    epsilon: float
+    delta: float
+    fingerprints: tuple[str, ...]
+
+
+@dataclass(frozen=True)
+class Lease:
+    """Steps ``first_step .. first_step + steps - 1`` of a run, charged and ready for use.
+
+    ``epsilon_after`` is an upper bound of the data set's spend with this lease counted whole. It
+    never exceeds the budget; it moves in steps (each run's charge is rounded up on a grid of its
+    plan) so that a lease costs no composition of its own. Ask the ledger for `spent` for the
+    exact figure. ``run_epsilon`` is the same kind of bound for this run's charge alone; it is exact
+    when the charge is what the run planned. Both are ``inf`` for a run without noise.
+    """
+
+    lease_id: str
+    first_step: int
+    steps: int
+    epsilon_after: float
+    run_epsilon: float
+
+
+@dataclass(frozen=True)
+class Spend:
+    """What a data set has spent: ε at its δ, by all leases that were not given back."""
+
+    epsilon: float
+    delta: float
+    steps_by_event: dict[GaussianEvent, int]
+    runs: tuple[str, ...]
+    non_private_runs: tuple[str, ...]
+    budget_epsilon: float
+
+    @property
+    def remaining_epsilon(self) -> float:
+        """Budget minus spend (ε does not add up exactly: read it as a rough guide)."""
+        return self.budget_epsilon - self.epsilon
+
+
+@dataclass(frozen=True)
+class Entry:
+    """One line of the ledger, as it was written."""
+
+    seq: int
+    at: str
+    kind: EntryKind
+    dataset: str
+    run_id: str | None
+    lease_id: str | None
+    first_step: int | None
+    steps: int | None
+    request_id: str | None
+    details: dict[str, Any]
+
+
+@dataclass
+class RunState:
+    """A run: what a step costs, and how many steps are charged to it."""
+
+    dataset: str
+    event: GaussianEvent | None
+    planned_steps: int
+    charged: int = 0
+    status: str = "open"
+
+    def charge_rounded_up(self, extra: int, parts: int | None) -> int:
+        """Return the charge with ``extra`` steps, rounded up to one of ``parts`` of the plan.
+
+        The grid is quadratic, because ε grows about with the square root of the steps.
+        """
+        charged = self.charged + extra
+        if parts is None or charged == 0 or self.status != "open":
+            return charged
+        part = math.ceil(parts * math.sqrt(charged / self.planned_steps))
+        return max(charged, math.ceil(self.planned_steps * (part / parts) ** 2))
+
+
+@dataclass
+class DatasetState:
+    """A data set: its budget, if it has one, and the runs on it."""
+
+    budget: DatasetBudget | None = None
+    run_ids: list[str] = field(default_factory=list)
+
+
+@dataclass
+class LedgerState:
+    """The fold of all entries up to ``seq``."""
+
+    seq: int = 0
+    datasets: dict[str, DatasetState] = field(default_factory=dict)
+    runs: dict[str, RunState] = field(default_factory=dict)
+    leases: dict[str, tuple[str, int]] = field(default_factory=dict)  # unsettled: run, steps
+
+    def budget(self, name: str) -> DatasetBudget:
+        """Return the budget of a data set, or say which data sets there are."""
+        item = self.datasets.get(name)
+        if item is None or item.budget is None:
+            known = sorted(key for key, value in self.datasets.items() if value.budget)
+            raise LedgerError(
+                f"data set {name!r} is not registered (registered: {', '.join(known) or 'none'}): "
+                "register it with a budget first"
+            )
+        return item.budget
+
+    def run(self, run_id: str) -> RunState:
+        """Return the run, or say that it was never opened."""
+        if run_id not in self.runs:
+            raise LedgerError(f"run {run_id!r} is not in the ledger: open it before reserving")
+        return self.runs[run_id]
+
+    def owner_of(self, fingerprint: str) -> str | None:
+        """Return the data set under which these records are registered, if any."""
+        for name, item in self.datasets.items():
+            if item.budget is not None and fingerprint in item.budget.fingerprints:
+                return name
+        return None
+
+    def counts(
+        self, dataset: str, extra: Mapping[str, int] | None = None, parts: int | None = None
+    ) -> dict[GaussianEvent, int]:
+        """Return the steps charged to a data set by event, plus ``extra`` steps by run.
+
+        With ``parts`` the charge of every open run is rounded up (see `charge_rounded_up`).
+        Runs without noise have no event and do not compose: they are reported by name instead.
+        """
+        counts: dict[GaussianEvent, int] = {}
+        for run_id in self.datasets[dataset].run_ids:
+            run = self.runs[run_id]
+            if run.event is not None:
+                charge = run.charge_rounded_up((extra or {}).get(run_id, 0), parts)
+                counts[run.event] = counts.get(run.event, 0) + charge
+        return {event: count for event, count in counts.items() if count}
+
+    def apply(self, entry: Entry) -> None:
+        """Add one entry; entries must come in order.
+
+        Raises:
+            LedgerError: the entry contradicts those before it, so the file was tampered with.
+        """
+        try:
+            self._apply(entry)
+        except (KeyError, TypeError, ValueError, BudgetError, LedgerError) as error:
+            raise LedgerError(
+                f"the ledger contradicts itself at entry {entry.seq} ({entry.kind}): {error}; "
+                "restore the file from a back-up"
+            ) from error
+        self.seq = entry.seq
+
+    def _apply(self, entry: Entry) -> None:
+        details = entry.details
+        if entry.kind == "dataset_registered":
+            item = self.datasets.setdefault(entry.dataset, DatasetState())
+            if item.budget is not None:
+                raise LedgerError(f"data set {entry.dataset!r} registered twice")
+            item.budget = DatasetBudget(
+                name=entry.dataset,
+                unit=details["unit"],
+                num_records=int(details["num_records"]),
+                epsilon=float(details["epsilon"]),
+                delta=float(details["delta"]),
+                fingerprints=(details["fingerprint"],),
+            )
+        elif entry.kind in ("fingerprint_added", "budget_set"):
+            budget = self.budget(entry.dataset)
+            changes: dict[str, Any] = (
+                {"fingerprints": (*budget.fingerprints, details["fingerprint"])}
+                if entry.kind == "fingerprint_added"
+                else {"epsilon": float(details["epsilon"]), "delta": float(details["delta"])}
+            )
+            self.datasets[entry.dataset].budget = replace(budget, **changes)
+        elif entry.kind == "run_opened":
+            run_id = str(entry.run_id)
+            if run_id in self.runs:
+                raise LedgerError(f"run {run_id!r} opened twice")
+            event = details["event"]
+            self.runs[run_id] = RunState(
+                dataset=entry.dataset,
+                event=None if event is None else GaussianEvent(**event),
+                planned_steps=int(details["planned_steps"]),
+            )
+            self.datasets.setdefault(entry.dataset, DatasetState()).run_ids.append(run_id)
+        elif entry.kind == "steps_reserved":
+            steps = _natural(entry.steps)
+            self.run(str(entry.run_id)).charged += steps
+            self.leases[str(entry.lease_id)] = (str(entry.run_id), steps)
+        elif entry.kind == "steps_settled":
+            run_id, leased = self.leases.pop(str(entry.lease_id))
+            used = _natural(entry.steps)
+            if used > leased:
+                raise LedgerError(f"{used} steps used of {leased} leased")
+            self.run(run_id).charged -= leased - used
+        elif entry.kind == "run_closed":
+            self.run(str(entry.run_id)).status = str(details["status"])
+        else:
+            raise LedgerError(f"kind {entry.kind!r} is unknown: it needs a newer version")
+
+
+def _natural(value: int | None) -> int:
+    if value is None or value < 0:
+        raise LedgerError(f"{value!r} is not a number of steps")
+    return value

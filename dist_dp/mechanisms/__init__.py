@@ -1,0 +1,31 @@
+"""Noise mechanisms for sharded tables: one module each, behind one interface.
+
+``base``       what a mechanism is asked to do, and when
+``none``       no noise (the baseline; not private)
+``dpsgd``      noise on every row at every step (the slow reference)
+``lazydp``     the same distribution, each row's noise drawn when the row is next read (default)
+"""
+
+from __future__ import annotations
+
+from dist_dp.errors import ConfigError
+from dist_dp.mechanisms.base import Mechanism
+from dist_dp.mechanisms.dpsgd import DPSGD
+from dist_dp.mechanisms.lazydp import LazyDP
+from dist_dp.mechanisms.none import NoMechanism
+
+MECHANISMS: dict[str, type[Mechanism]] = {m.name: m for m in (NoMechanism, DPSGD, LazyDP)}
+
+
+def mechanism_class(name: str) -> type[Mechanism]:
+    """The mechanism of a name.
+
+    Raises:
+        ConfigError: There is none of that name.
+    """
+    if name not in MECHANISMS:
+        raise ConfigError(f"mechanism '{name}' is unknown; choose one of {', '.join(MECHANISMS)}")
+    return MECHANISMS[name]
+
+
+__all__ = ["DPSGD", "MECHANISMS", "LazyDP", "Mechanism", "NoMechanism", "mechanism_class"]

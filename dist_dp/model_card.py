@@ -1,0 +1,68 @@
+"""The model card that goes with every release: what is guaranteed, and what is not."""
+
+from __future__ import annotations
+
+from typing import Any
+
+NOT_COVERED: tuple[str, ...] = (
+    "anyone who watches the memory of the training machines, or which table rows are touched "
+    "when: in memory, rows between two reads lack the noise that still waits for them",
+    "everything in the run folder beside `release/`: training metrics, reports and checkpoints "
+    "are computed from the records without noise (metrics on held-out records likewise)",
+    "the choice of hyper-parameters by looking at several runs on the same records, beyond what "
+    "the ledger charges for those runs",
+    "a person who stands behind several records: the unit is one record",
+    "the number of records, treated as public",
+    "attacks on the low-order bits of floating-point noise",
+)
+
+
+def model_card(privacy: dict[str, Any], name: str, facts: dict[str, Any]) -> str:
+    """Writes the card.
+
+    Args:
+        privacy: The ``privacy`` part of ``release.json``.
+        name: Name of the release.
+        facts: Further lines (metrics, software), label to value.
+
+    Returns:
+        Markdown.
+    """
+    plan = privacy["plan"]
+    lines = [f"# Model card: {name}", "", "## Privacy", "", privacy["statement"], ""]
+    if plan["mechanism"] != "none":
+        lines += [
+            "| | |",
+            "| --- | --- |",
+            f"| ε | {privacy['epsilon']:.4f} |" if privacy["epsilon"] is not None else "| ε | ∞ |",
+            f"| δ | {plan['delta']:g} |" if plan["delta"] is not None else "| δ | not set |",
+            f"| unit of privacy | one {plan['unit']} |",
+            "| neighbouring relation | data sets that differ by adding or removing one "
+            f"{plan['unit']} |",
+            f"| mechanism | {plan['mechanism']} |",
+            f"| noise multiplier σ | {plan['noise_multiplier']:.6g} |",
+            f"| clip norm C | {plan['max_grad_norm']:g}, over all tables and layers together |",
+            f"| sampling | {plan['sampling']}, rate "
+            f"{plan['expected_batch_size'] / plan['num_records']:.6g} |",
+            f"| steps | {privacy['steps']} of {plan['steps']} planned |",
+            f"| accountant | {plan['accountant'].upper()} (dp_accounting) |",
+            f"| data set in the ledger | {privacy['dataset']}, run {privacy['run_id']} |",
+            "",
+            "The guarantee does **not** cover:",
+            "",
+            *(f"- {item};" for item in NOT_COVERED),
+            "",
+        ]
+    if facts:
+        lines += ["## Facts", "", "| | |", "| --- | --- |"]
+        lines += [f"| {k} | {v} |" for k, v in facts.items()]
+        lines.append("")
+    lines += [
+        "## Files",
+        "",
+        "`dense.safetensors` holds everything outside the tables; `tables/NAME/*.parquet` hold the "
+        "embedding tables (columns `row` and `embedding`); `release.json` names every file with "
+        "its sha256. Load with `dist_dp.release.load_release(folder, model)`.",
+        "",
+    ]
+    return "\n".join(lines)

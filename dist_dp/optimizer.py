@@ -1,0 +1,250 @@
+"""The private step: norms, clip factors, one communication, noise, update."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Any, Literal
+
+import torch
+from torch import Tensor, nn
+
+from dist_dp import kernels
+from dist_dp.clipping.recorder import DenseRecorder
+from dist_dp.cut import CutEmbeddings
+from dist_dp.distributed import all_reduce_sum
+from dist_dp.errors import DistDpError, ModelError
+from dist_dp.mechanisms.base import Mechanism
+from dist_dp.noise_schedule import NoiseSchedule
+from dist_dp.plan import PrivacyPlan
+from dist_dp.step_state import StepState
+from dist_dp.timing import PhaseTimer
+
+LossReduction = Literal["mean", "sum"]
+
+# Norms are computed in float32; this keeps their rounding from lifting the sensitivity above C.
+ROUNDING_MARGIN = 1.0 - 2e-6
+
+
+@dataclass(frozen=True)
+class StepStats:
+    """What one step looked like on this rank. Not private: computed before any noise.
+
+    Attributes:
+        norms: float ``[real examples on this rank]``, gradient norms before clipping.
+        clipped: How many of them were above the clip norm.
+        signal_to_noise: ‖clipped sum of dense gradients‖ / (σ C √parameters), all ranks; nan
+            without noise.
+    """
+
+    norms: Tensor
+    clipped: int
+    signal_to_noise: float
+
+
+class PrivateOptimizer(torch.optim.Optimizer):
+    """Takes one DP-SGD step on sharded tables and dense layers for each ``step()``.
+
+    Looks like the optimizer it replaces: ``param_groups[0]`` is the tables (its ``lr`` and
+    ``weight_decay`` are what the fused update and the noise schedule use), the rest are the
+    dense optimizer's groups, so PyTorch's learning-rate schedulers work.
+
+    Guarantee:
+        Per-example gradients over *all* trained parameters together are scaled to an l2 norm of
+        at most ``plan.max_grad_norm`` and summed, so one record more or less moves the sum by at
+        most that (add-or-remove-one); noise of standard deviation ``noise_multiplier *
+        max_grad_norm`` is added to every coordinate of the sum, dense layers here and tables by
+        the mechanism; the result is divided by the *expected* batch size, since the actual one
+        is private. Padding examples count zero. Assumes that the model treats examples one by
+        one (see :func:`dist_dp.probe.check_examples_independent`), a secret noise key, and
+        floating-point arithmetic that behaves as real numbers (low-order bits are not hardened).
+
+    Args:
+        dense: Optimizer over the dense parameters, or None if the model has none.
+        table_lr: Initial learning rate of the tables.
+        table_weight_decay: Weight decay of the tables (coupled, as in SGD).
+        cuts: The cut collections.
+        recorder: The dense layers' recorder.
+        mechanism: The noise mechanism.
+        plan: What the guarantee rests on.
+        secret: 32-byte run secret.
+        state: Shared with the loader.
+        loss_reduction: How the caller reduces per-example losses over the (padded) batch.
+        timer: Where to note the time of phases.
+    """
+
+    def __init__(
+        self,
+        *,
+        dense: torch.optim.Optimizer | None,
+        table_lr: float,
+        table_weight_decay: float,
+        cuts: list[CutEmbeddings],
+        recorder: DenseRecorder,
+        mechanism: Mechanism,
+        plan: PrivacyPlan,
+        secret: bytes,
+        state: StepState,
+        loss_reduction: LossReduction = "mean",
+        timer: PhaseTimer | None = None,
+    ) -> None:
+        tables: dict[str, Any] = {
+            "params": [],
+            "lr": table_lr,
+            "weight_decay": table_weight_decay,
+            "name": "tables",
+        }
+        super().__init__([tables], {})
+        if dense is not None:
+            self.param_groups.extend(dense.param_groups)
+        self.dense = dense
+        self.cuts = cuts
+        self.recorder = recorder
+        self.mechanism = mechanism
+        self.schedule: NoiseSchedule = mechanism.schedule
+        self.plan = plan
+        self.loss_reduction = loss_reduction
+        self.timer = timer or PhaseTimer()
+        self.last_stats: StepStats | None = None
+        self._state = state
+        for cut in cuts:
+            cut.learning_rate = self._table_rate
+        self._keys = {
+            name: kernels.derive_key(secret, "dense", name) for name in recorder.parameters
+        }
+
+    def zero_grad(self, set_to_none: bool = True) -> None:
+        """Clears gradients and whatever an unfinished forward recorded."""
+        if self.dense is not None:
+            self.dense.zero_grad(set_to_none)
+        self.recorder.clear()
+        for cut in self.cuts:
+            cut.clear()
+
+    @torch.no_grad()
+    def step(self, closure: Callable[[], float] | None = None) -> None:  # type: ignore[override]
+        """Clips, communicates, adds noise and updates, for the batch in flight.
+
+        Every rank calls it once a step.
+
+        Args:
+            closure: Not supported (must be None).
+
+        Raises:
+            DistDpError: No batch is in flight, or it was not the batch the model saw.
+            ModelError: A gradient came by a way that clipping does not see, or is not finite.
+        """
+        if closure is not None:
+            raise DistDpError("a private step takes no closure: one backward a step")
+        self.recorder.check_no_stray_gradients()
+        batch = next((c.batch for c in self.cuts if c.batch is not None), None)
+        is_real = self._state.take(batch)
+        device = self._device()
+        is_real = is_real.to(device)
+        with self.timer.phase("clip"):
+            norms, coefficients = self._coefficients(is_real)
+            sums = self.recorder.clipped_sums(coefficients)
+        with self.timer.phase("communication"):
+            sums = _all_reduce_together(sums)
+        step = self.schedule.step + 1
+        with self.timer.phase("noise"):
+            signal_to_noise = self._noise_dense(sums, step)
+        tables = self.param_groups[0]
+        lr, decay = float(tables["lr"]), float(tables["weight_decay"])
+        with self.timer.phase("update"):
+            table_lr = self._table_rate()
+            per_example = coefficients / self.plan.expected_batch_size
+            for cut in self.cuts:
+                cut.backward(per_example, table_lr)
+            self._update_dense(sums)
+        self.schedule.advance(
+            learning_rate=lr,
+            noise_multiplier=self.plan.noise_multiplier or 0.0,
+            max_grad_norm=self.plan.max_grad_norm,
+            expected_batch_size=self.plan.expected_batch_size,
+            weight_decay=decay,
+        )
+        with self.timer.phase("noise"):
+            self.mechanism.after_update([s for c in self.cuts for s in c.shards])
+        self.recorder.clear()
+        norms = norms[is_real]
+        clipped = int((norms > self.plan.max_grad_norm).sum()) if self.mechanism.private else 0
+        self.last_stats = StepStats(norms, clipped, signal_to_noise)
+
+    def _table_rate(self) -> float:
+        """The tables' step size; the decay of a step is applied later, with its noise."""
+        tables = self.param_groups[0]
+        lr = float(tables["lr"])
+        return lr / (1.0 - lr * float(tables["weight_decay"]))
+
+    def _device(self) -> torch.device:
+        return (
+            self.cuts[0].shards[0].weight.device
+            if self.cuts and self.cuts[0].shards
+            else (self.recorder._anchor.device)
+        )
+
+    def _coefficients(self, is_real: Tensor) -> tuple[Tensor, Tensor]:
+        """Norms and clip factors, float ``[batch]`` each; both zero for padding."""
+        batch = is_real.numel()
+        # A mean over the padded batch scaled every gradient by 1/batch.
+        unscale = float(batch) if self.loss_reduction == "mean" else 1.0
+        mask = is_real.to(torch.float32)
+        if not self.mechanism.private:
+            return mask, mask * unscale
+        squared = self.recorder.squared_norms(batch)
+        for cut in self.cuts:
+            squared += cut.squared_norms(batch, squared.device)
+        norms = squared.sqrt() * unscale * mask
+        if not bool(torch.isfinite(norms).all()):
+            raise ModelError(
+                f"step {self.schedule.step + 1}: the gradient of an example is not finite. The "
+                "training diverged (lower the learning rate) or the features hold huge values."
+            )
+        limit = self.plan.max_grad_norm * ROUNDING_MARGIN
+        factors = (limit / norms.clamp_min(limit)).clamp_max(1.0)
+        return norms, factors * mask * unscale
+
+    def _noise_dense(self, sums: dict[str, Tensor], step: int) -> float:
+        if not self.mechanism.private or not sums:
+            return float("nan")
+        deviation = (self.plan.noise_multiplier or 0.0) * self.plan.max_grad_norm
+        squared = float(sum(v.double().square().sum() for v in sums.values()))
+        count = sum(v.numel() for v in sums.values())
+        for name, value in sums.items():
+            noise = kernels.normal_like(self._keys[name], value.shape, step - 1, step)
+            value.add_(noise.to(value), alpha=deviation)
+        return (squared / count) ** 0.5 / deviation if deviation > 0 else float("inf")
+
+    def _update_dense(self, sums: dict[str, Tensor]) -> None:
+        if self.dense is None:
+            return
+        for name, parameter in self.recorder.parameters.items():
+            parameter.grad = sums[name] / self.plan.expected_batch_size
+        self.dense.step()
+        for parameter in self.recorder.parameters.values():
+            parameter.grad = None
+
+
+def _all_reduce_together(sums: dict[str, Tensor]) -> dict[str, Tensor]:
+    """One all-reduce for all dense sums."""
+    if not sums:
+        return sums
+    flat = all_reduce_sum(torch.cat([v.reshape(-1) for v in sums.values()]))
+    parts = flat.split([v.numel() for v in sums.values()])
+    return {n: p.view(v.shape) for (n, v), p in zip(sums.items(), parts, strict=True)}
+
+
+def watch_forwards(model: nn.Module, recorder: DenseRecorder, cuts: list[CutEmbeddings]) -> None:
+    """Refuses a second training forward in one step: it would mix the examples of two batches."""
+
+    def before(module: nn.Module, _args: Any) -> None:
+        recorded = any(c.batch is not None for c in cuts) or recorder.has_calls
+        if module.training and torch.is_grad_enabled() and recorded:
+            raise ModelError(
+                "a second forward in training mode before optimizer.step(): a private step has "
+                "one forward and one backward. Use model.eval() or torch.no_grad() for others, "
+                "or optimizer.zero_grad() to drop the first."
+            )
+
+    model.register_forward_pre_hook(before)

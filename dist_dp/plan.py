@@ -1,0 +1,254 @@
+"""The privacy plan: one object that couples sampling, clipping, noise and accounting.
+
+Whatever bears on the guarantee is in it and nothing else: knobs of speed (micro-batches, sharding,
+threads) may not change the guarantee, so they live elsewhere.
+"""
+
+from __future__ import annotations
+
+import json
+import math
+from decimal import ROUND_CEILING, Decimal
+from typing import Any, Literal, Self
+
+from pydantic import BaseModel, ConfigDict, Field, ValidationError, field_validator, model_validator
+
+from dist_dp.accounting import GaussianEvent, calibrate_noise_multiplier, epsilon_of
+from dist_dp.errors import ConfigError
+
+Mechanism = Literal["none", "dpsgd", "lazydp"]
+
+
+class PrivacyPlan(BaseModel):
+    """What a run does to private data, in simple types that go to JSON or YAML and back.
+
+    Args:
+        mechanism: `none` (no privacy), `dpsgd` (noise on every row each step) or `lazydp` (the
+            same distribution, drawn when a row is read).
+        noise_multiplier: noise standard deviation over `max_grad_norm`; left out until
+            `calibrate` finds it.
+        max_grad_norm: bound on the Euclidean norm of one record's gradient, over all layers and
+            tables together.
+        num_records: records in the training data; treated as public.
+        expected_batch_size: mean number of records a step draws (may be fractional). The sum of
+            clipped gradients is divided by this, never by the size drawn.
+        steps: number of steps the run is to take.
+        delta: δ of the guarantee; must be below 1 / `num_records`.
+        target_epsilon: ε the noise was calibrated to, kept for the record.
+        unit: what the guarantee protects; one record.
+        neighbouring_relation: data sets that differ by adding or removing one such unit.
+        sampling: each record is drawn independently in each step.
+        accountant: `pld` (tight) or `rdp` (for comparison).
+        allow_large_delta: accept δ ≥ 1 / `num_records` all the same.
+
+    Raises:
+        ConfigError: a key is unknown, of the wrong type, or contradicts another; the message
+            names the key and the remedy.
+
+    Guarantee:
+        The noise multiplier, the sample rate and the number of steps that the accountant sees
+        are those that training uses, because both read them from here.
+    """
+
+    model_config = ConfigDict(frozen=True, extra="forbid", allow_inf_nan=False)
+
+    mechanism: Mechanism = "lazydp"
+    noise_multiplier: float | None = Field(default=None, ge=0)
+    max_grad_norm: float = Field(gt=0)
+    num_records: int = Field(ge=1)
+    expected_batch_size: float = Field(gt=0)
+    steps: int = Field(ge=1)
+    delta: float | None = Field(default=None, gt=0, lt=1)
+    target_epsilon: float | None = Field(default=None, gt=0)
+    unit: Literal["record"] = "record"
+    neighbouring_relation: Literal["add_or_remove_one"] = "add_or_remove_one"
+    sampling: Literal["poisson"] = "poisson"
+    accountant: Literal["pld", "rdp"] = "pld"
+    allow_large_delta: bool = False
+
+    def __init__(self, **values: Any) -> None:
+        """Validate ``values``; every complaint becomes one readable `ConfigError`."""
+        try:
+            super().__init__(**values)
+        except ValidationError as error:
+            raise _readable(error) from None
+
+    @classmethod
+    def model_validate(cls, obj: Any, **kwargs: Any) -> Self:
+        """Read a plan from a mapping of keys and values.
+
+        Raises:
+            ConfigError: it is not a mapping, or not a valid plan.
+        """
+        try:
+            return super().model_validate(obj, **kwargs)
+        except ValidationError as error:
+            raise _readable(error) from None
+
+    @classmethod
+    def model_validate_json(cls, json_data: str | bytes | bytearray, **kwargs: Any) -> Self:
+        """Read a plan back from JSON.
+
+        Raises:
+            ConfigError: the text is not JSON, or not a valid plan.
+        """
+        try:
+            values = json.loads(json_data)
+        except ValueError as error:
+            raise ConfigError(f"the privacy plan is not valid JSON: {error}") from None
+        if not isinstance(values, dict):
+            raise ConfigError("the privacy plan must be a JSON object of keys and values")
+        return cls(**values)
+
+    @field_validator(
+        "noise_multiplier", "max_grad_norm", "num_records", "expected_batch_size", "steps",
+        "delta", "target_epsilon", mode="before",
+    )  # fmt: skip
+    @classmethod
+    def _no_truth_values(cls, value: object) -> object:
+        # YAML reads `yes` as true, and true would pass for the number 1.
+        if isinstance(value, bool):
+            raise ValueError("should be a number, not true or false")
+        return value
+
+    @model_validator(mode="after")
+    def _must_agree(self) -> Self:
+        if self.expected_batch_size > self.num_records:
+            raise ConfigError(
+                f"expected_batch_size {self.expected_batch_size:g} is larger than num_records "
+                f"{self.num_records}: lower expected_batch_size"
+            )
+        if self.mechanism == "none":
+            for key in ("noise_multiplier", "target_epsilon"):
+                if getattr(self, key):
+                    raise ConfigError(
+                        f"{key} {getattr(self, key)} is set, but mechanism 'none' gives no "
+                        f"privacy: leave out {key}, or choose mechanism 'lazydp' or 'dpsgd'"
+                    )
+        elif self.delta is not None:
+            self._check_delta(self.delta)
+        return self
+
+    def _check_delta(self, delta: float) -> None:
+        if delta * self.num_records >= 1 and not self.allow_large_delta:
+            raise ConfigError(
+                f"delta {delta:g} is not below 1/num_records = {1 / self.num_records:.3g}: a "
+                "mechanism that publishes one whole record would pass; lower delta, or set "
+                "allow_large_delta to true if you mean it"
+            )
+
+    @property
+    def sample_rate(self) -> float:
+        """Probability that a given record takes part in a given step."""
+        return self.expected_batch_size / self.num_records
+
+    @property
+    def is_private(self) -> bool:
+        """Whether the plan adds any noise at all."""
+        return self.mechanism != "none" and self.noise_multiplier != 0
+
+    def calibrate(self, epsilon: float, delta: float) -> PrivacyPlan:
+        """Return this plan with the smallest noise multiplier that meets (ε, δ) over its steps.
+
+        Guarantee:
+            ``result.epsilon() <= epsilon``, checked before it is returned.
+
+        Raises:
+            ConfigError: ε or δ is out of range or cannot be reached, or the mechanism is `none`.
+        """
+        if self.mechanism == "none":
+            raise ConfigError(
+                "mechanism 'none' cannot be calibrated: choose mechanism 'lazydp' or 'dpsgd', "
+                "or leave out epsilon"
+            )
+        if 0 < delta < 1:
+            self._check_delta(delta)
+        sigma = calibrate_noise_multiplier(
+            epsilon, delta, self.sample_rate, self.steps, self.accountant
+        )
+        changes = {"noise_multiplier": sigma, "delta": delta, "target_epsilon": epsilon}
+        return PrivacyPlan(**{**self.model_dump(), **changes})
+
+    def event(self) -> GaussianEvent | None:
+        """Return what one step costs; nothing to account for with mechanism `none`.
+
+        Raises:
+            ConfigError: the noise multiplier is not known yet.
+        """
+        if self.mechanism == "none":
+            return None
+        if self.noise_multiplier is None:
+            raise ConfigError(
+                "noise_multiplier is not set: give it, or call calibrate(epsilon, delta)"
+            )
+        return GaussianEvent(self.noise_multiplier, self.sample_rate)
+
+    def epsilon(self, steps: int | None = None) -> float:
+        """Return ε at the plan's δ after ``steps`` steps (all of them by default).
+
+        Returns:
+            ε ≥ 0, an upper bound; ``inf`` for mechanism `none` or without noise.
+
+        Raises:
+            ConfigError: δ or the noise multiplier is not set, or ``steps`` is negative.
+        """
+        event = self.event()
+        if event is None:
+            return math.inf
+        if self.delta is None:
+            raise ConfigError("delta is not set: give delta (below 1/num_records)")
+        count = self.steps if steps is None else steps
+        return epsilon_of({event: count}, self.delta, accountant=self.accountant)
+
+    def statement(self, steps: int | None = None) -> str:
+        """Return the guarantee after ``steps`` steps in plain English, for cards and reports."""
+        count = self.steps if steps is None else steps
+        epsilon = self.epsilon(steps)
+        if math.isinf(epsilon):
+            reason = "mechanism 'none'" if self.mechanism == "none" else "no noise was added"
+            return (
+                f"This model is not private: it was trained on {self.num_records:,} records with "
+                f"no privacy guarantee ({reason}). It may reveal any of them."
+            )
+        return (
+            f"This model is (ε, δ)-differentially private with ε = {_round_up(epsilon)} and "
+            f"δ = {self.delta:g}. The unit of privacy is one {self.unit} of the training data, "
+            "and the guarantee compares data sets that differ by adding or removing one such "
+            f"{self.unit}. It comes from {count:,} steps, each on a Poisson sample that draws "
+            f"every record independently with probability {self.sample_rate:.4g} "
+            f"({self.expected_batch_size:g} of {self.num_records:,} records expected), with "
+            f"gradients clipped to norm {self.max_grad_norm:g} and a noise multiplier of "
+            f"{self.noise_multiplier:.5g}, accounted by {self.accountant.upper()}. "
+            "It covers the released model and anything computed from it, as long as the run's "
+            "noise key stays secret and ChaCha20 is a pseudorandom function. It does not cover "
+            "someone who watches the memory of the training machines or which table rows are "
+            "touched; attacks on the low-order bits of floating-point noise; training metrics "
+            "computed without noise; the choice of hyper-parameters by comparing several runs on "
+            "the same data; or a person who stands behind several records beyond what a guarantee "
+            "for each record implies. The number of records is treated as public."
+        )
+
+
+def _round_up(value: float, digits: int = 4) -> str:
+    """Write ``value`` with so many significant digits, never below it."""
+    if value == 0:
+        return "0"
+    exact = Decimal(value)
+    quantum = Decimal(1).scaleb(exact.adjusted() - digits + 1)
+    return f"{exact.quantize(quantum, rounding=ROUND_CEILING).normalize():f}"
+
+
+def _readable(error: ValidationError) -> ConfigError:
+    parts = []
+    for item in error.errors(include_url=False):
+        key = ".".join(str(part) for part in item["loc"]) or "privacy plan"
+        if item["type"] == "extra_forbidden":
+            known = ", ".join(PrivacyPlan.model_fields)
+            parts.append(f"{key} is not a key of the privacy plan; known keys: {known}")
+        elif item["type"] == "missing":
+            parts.append(f"{key} is missing: give a value")
+        else:
+            parts.append(
+                f"{key} is {item['input']!r}: {item['msg'].removeprefix('Value error, ').lower()}"
+            )
+    return ConfigError("; ".join(parts))

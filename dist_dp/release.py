@@ -1,0 +1,365 @@
+"""The only way a model leaves the system: every row settled, then written, then renamed whole.
+
+A release is a folder::
+
+    release.json          what it is, by whom it may be loaded, sha256 of every file
+    MODEL_CARD.md         the privacy statement
+    dense.safetensors     everything outside the tables
+    tables/TABLE/*.parquet    columns ``row`` (int64) and ``embedding`` (fixed-size list of float)
+"""
+
+from __future__ import annotations
+
+import errno
+import hashlib
+import json
+import os
+import shutil
+from collections.abc import Iterator
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import torch
+from torch import Tensor, nn
+
+from dist_dp.distributed import rank, world_size
+from dist_dp.errors import DistDpError, ReleaseError
+from dist_dp.model_card import model_card
+from dist_dp.table_shard import TableShard
+
+if TYPE_CHECKING:
+    from dist_dp.engine import PrivacyEngine
+    from dist_dp.private_model import PrivateModel
+
+FORMAT = "dist-dp-release"
+FORMAT_VERSION = 1
+_CHUNK_ROWS = 1 << 16
+
+
+def write_release(
+    engine: PrivacyEngine,
+    destination: Path,
+    *,
+    model_info: dict[str, Any] | None = None,
+    facts: dict[str, Any] | None = None,
+) -> Path:
+    """Settles and writes a model; every rank calls it.
+
+    Args:
+        engine: The engine that trained the model.
+        destination: Folder to create, on storage that all ranks share.
+        model_info: How to build the model again (for ``dist-dp evaluate``), of simple types.
+        facts: More for the model card, of simple types.
+
+    Returns:
+        The folder.
+
+    Raises:
+        ReleaseError: The folder exists, or writing failed (a full disk); nothing is left of it.
+
+    Guarantee:
+        Every row of every shard is settled to the last finished step before its first byte is
+        written, and buffers that moved with the private data are refused, so the folder holds
+        only what the noise covers. A folder under the final name is always whole.
+    """
+    parts = engine.parts
+    steps = parts.mechanism.schedule.step
+    partial = destination.with_name(f".{destination.name}.partial")
+    _together(lambda: _prepare(destination, partial) if rank() == 0 else None, "prepare")
+    try:
+        _together(parts.check_fixed_unchanged, "check")
+        parts.settle()
+        _together(lambda: _write_shards(parts, partial), "write the tables of")
+        if rank() == 0:
+            _write_dense(parts, partial)
+        _together(
+            lambda: (
+                _finish(engine, partial, destination, steps, model_info, facts)
+                if rank() == 0
+                else None
+            ),
+            "finish",
+        )
+    except BaseException:
+        _remove(partial)
+        raise
+    return destination
+
+
+def _remove(partial: Path) -> None:
+    """Takes a half-written folder away."""
+    shutil.rmtree(partial, ignore_errors=True)
+
+
+def _together(action: Any, what: str) -> None:
+    """Runs an action; if it fails on any rank it fails on all, so that none waits for ever."""
+    failure: Exception | None = None
+    try:
+        action()
+    except (OSError, DistDpError) as error:
+        failure = _explain(error, what)
+    messages: list[str | None] = [None] * world_size()
+    if world_size() > 1:
+        torch.distributed.all_gather_object(messages, str(failure) if failure else None)
+    if failure is not None:
+        raise failure
+    elsewhere = next((m for m in messages if m), None)
+    if elsewhere:
+        raise ReleaseError(elsewhere)
+
+
+def _explain(error: OSError | DistDpError, what: str) -> DistDpError:
+    if isinstance(error, DistDpError):
+        return error
+    if error.errno == errno.ENOSPC:
+        return ReleaseError(
+            f"could not {what} the release: the disk is full ({error.filename or 'release'}). "
+            "Nothing was kept of it; free some space, or release to another place."
+        )
+    return ReleaseError(f"could not {what} the release: {error}. Nothing was kept of it.")
+
+
+def _prepare(destination: Path, partial: Path) -> None:
+    if destination.exists():
+        raise ReleaseError(f"'{destination}' exists; choose another folder or remove it first")
+    shutil.rmtree(partial, ignore_errors=True)
+    (partial / "tables").mkdir(parents=True)
+
+
+def _write_shards(parts: PrivateModel, partial: Path) -> None:
+    import pyarrow as pa
+    import pyarrow.parquet as pq
+
+    for number, shard in enumerate(parts.shards):
+        if shard.replicated and rank() != 0:
+            continue
+        if shard.weight.numel() == 0:
+            continue
+        folder = partial / "tables" / shard.table
+        folder.mkdir(parents=True, exist_ok=True)
+        columns = shard.weight.shape[1]
+        schema = pa.schema(
+            [("row", pa.int64()), ("embedding", pa.list_(pa.float32(), columns))],
+            metadata={
+                "table": shard.table,
+                "num_rows": str(shard.num_rows),
+                "dim": str(shard.dim),
+                "column_offset": str(shard.column_offset),
+            },
+        )
+        path = folder / f"part-{rank():05d}-{number:03d}.parquet"
+        with pq.ParquetWriter(path, schema, compression="none") as writer:
+            for rows, values in _chunks(shard):
+                embedding = pa.FixedSizeListArray.from_arrays(
+                    pa.array(values.reshape(-1).numpy()), columns
+                )
+                writer.write_table(pa.table([pa.array(rows.numpy()), embedding], schema=schema))
+
+
+def _chunks(shard: TableShard) -> Iterator[tuple[Tensor, Tensor]]:
+    count = shard.weight.shape[0]
+    for start in range(0, count, _CHUNK_ROWS):
+        end = min(count, start + _CHUNK_ROWS)
+        rows = torch.arange(start, end) + shard.row_offset
+        yield rows, shard.weight[start:end].detach().float().cpu().contiguous()
+
+
+def _dense_state(parts: PrivateModel) -> dict[str, Tensor]:
+    prefixes = tuple(f"{cut.path}." for cut in parts.cuts)
+    named = [*parts.model.named_parameters(), *parts.model.named_buffers()]
+    persistent = parts.model.state_dict(keep_vars=True).keys()
+    return {
+        n: t.detach().cpu().contiguous().clone()
+        for n, t in named
+        if not n.startswith(prefixes) and n in persistent
+    }
+
+
+def _write_dense(parts: PrivateModel, partial: Path) -> None:
+    from safetensors.torch import save_file
+
+    save_file(_dense_state(parts), partial / "dense.safetensors")
+
+
+def _finish(
+    engine: PrivacyEngine,
+    partial: Path,
+    destination: Path,
+    steps: int,
+    model_info: dict[str, Any] | None,
+    facts: dict[str, Any] | None,
+) -> None:
+    parts = engine.parts
+    plan = parts.plan
+    private = plan.is_private and not engine.secret_is_given
+    privacy = {
+        "private": private,
+        "fixed_secret": engine.secret_is_given,
+        "epsilon": plan.epsilon(steps) if plan.is_private else None,
+        "delta": plan.delta if plan.is_private else None,
+        "steps": steps,
+        "plan": plan.model_dump(),
+        "statement": privacy_statement(engine, steps),
+        "dataset": engine.dataset,
+        "run_id": engine.run_id,
+    }
+    (partial / "MODEL_CARD.md").write_text(
+        model_card(privacy, destination.name, facts or {}), encoding="utf-8"
+    )
+    configs = {
+        cut.table_id(c.name): {
+            "rows": c.num_embeddings,
+            "dim": c.embedding_dim,
+            "collection": cut.path,
+            "name": c.name,
+            "pooled": cut.pooled,
+        }
+        for cut in parts.cuts
+        for c in cut.configs
+    }
+    manifest = {
+        "format": FORMAT,
+        "format_version": FORMAT_VERSION,
+        "settled_to_step": steps,
+        "tables": configs,
+        "model": model_info,
+        "privacy": privacy,
+        "files": {
+            str(p.relative_to(partial)): _sha256(p)
+            for p in sorted(partial.rglob("*"))
+            if p.is_file()
+        },
+    }
+    (partial / "release.json").write_text(json.dumps(manifest, indent=2), encoding="utf-8")
+    os.rename(partial, destination)
+
+
+def privacy_statement(engine: PrivacyEngine, steps: int) -> str:
+    """The plan's statement, or what takes its place when the secret was given."""
+    if engine.secret_is_given and engine.parts.plan.is_private:
+        return (
+            "This model is not private: its noise came from a fixed secret, which is for tests. "
+            + engine.parts.plan.statement(steps).replace(
+                "This model is", "With a secret of its own it would be", 1
+            )
+        )
+    return engine.parts.plan.statement(steps)
+
+
+def _sha256(path: Path) -> str:
+    with open(path, "rb") as file:
+        return hashlib.file_digest(file, "sha256").hexdigest()
+
+
+@dataclass(frozen=True)
+class Release:
+    """A released model on disk, checked.
+
+    Attributes:
+        folder: Where it is.
+        manifest: The content of ``release.json``.
+    """
+
+    folder: Path
+    manifest: dict[str, Any]
+
+    @classmethod
+    def open(cls, folder: str | Path, *, verify: bool = True) -> Release:
+        """Opens a release.
+
+        Args:
+            folder: The folder.
+            verify: Check the sha256 of every file.
+
+        Raises:
+            ReleaseError: It is not a whole release: a training checkpoint, a half-written
+                folder, a changed file.
+        """
+        folder = Path(folder)
+        path = folder / "release.json"
+        if (folder / "checkpoint.json").exists():
+            raise ReleaseError(
+                f"'{folder}' is a training checkpoint, not a released model: its rows are not "
+                "settled, so they lack noise, and it holds the run's secret. Keep it private; "
+                "finish the run (dist-dp train --resume) or export it to get a release."
+            )
+        if not path.is_file():
+            raise ReleaseError(f"'{folder}' is no released model: it has no release.json")
+        try:
+            manifest = json.loads(path.read_text(encoding="utf-8"))
+        except ValueError as error:
+            raise ReleaseError(f"'{path}' is damaged: {error}. Export the run again.") from None
+        if not isinstance(manifest, dict) or manifest.get("format") != FORMAT:
+            raise ReleaseError(f"'{path}' does not describe a release of this package")
+        if manifest.get("format_version") != FORMAT_VERSION:
+            raise ReleaseError(
+                f"'{path}' has format version {manifest.get('format_version')}, this package "
+                f"reads {FORMAT_VERSION}; use the package version that wrote it"
+            )
+        for name, digest in manifest["files"].items():
+            file = (folder / name).resolve()
+            if not file.is_relative_to(folder.resolve()):
+                raise ReleaseError(f"'{path}' names a file outside its folder: {name}")
+            if not file.is_file():
+                raise ReleaseError(f"'{folder}' lacks {name}; export the run again")
+            if verify and _sha256(file) != digest:
+                raise ReleaseError(f"'{file}' was changed since the release; export the run again")
+        return cls(folder, manifest)
+
+    def dense(self) -> dict[str, Tensor]:
+        """Everything outside the tables, by name."""
+        from safetensors.torch import load_file
+
+        result: dict[str, Tensor] = load_file(self.folder / "dense.safetensors")
+        return result
+
+    def table(self, table: str) -> Tensor:
+        """One table, float32 ``[rows, dim]``.
+
+        Raises:
+            ReleaseError: There is no such table, or rows are missing.
+        """
+        import pyarrow.parquet as pq
+
+        if table not in self.manifest["tables"]:
+            raise ReleaseError(
+                f"no table '{table}' in '{self.folder}'; it has {sorted(self.manifest['tables'])}"
+            )
+        info = self.manifest["tables"][table]
+        result = torch.full((info["rows"], info["dim"]), float("nan"))
+        for path in sorted((self.folder / "tables" / table).glob("*.parquet")):
+            file = pq.ParquetFile(path)
+            start = int(file.schema_arrow.metadata[b"column_offset"])
+            for batch in file.iter_batches(_CHUNK_ROWS):
+                rows = torch.from_numpy(batch.column("row").to_numpy().copy())
+                values = batch.column("embedding").flatten().to_numpy(zero_copy_only=False)
+                values = torch.from_numpy(values.copy()).view(len(rows), -1)
+                result[rows, start : start + values.shape[1]] = values
+        if bool(torch.isnan(result).any()):
+            raise ReleaseError(f"table '{table}' in '{self.folder}' is incomplete or holds NaN")
+        return result
+
+    def load_into(self, model: nn.Module) -> nn.Module:
+        """Loads the release into an unsharded model of the same architecture, in place.
+
+        Raises:
+            ReleaseError: The model's names or shapes differ.
+        """
+        state = self.dense()
+        for table, info in self.manifest["tables"].items():
+            kind = "embedding_bags" if info["pooled"] else "embeddings"
+            state[f"{info['collection']}.{kind}.{info['name']}.weight"] = self.table(table)
+        try:
+            model.load_state_dict(state)
+        except RuntimeError as error:
+            raise ReleaseError(f"the release does not fit the model: {error}") from None
+        return model
+
+
+def load_release(folder: str | Path, model: nn.Module) -> nn.Module:
+    """Opens a release and loads it into an unsharded model; see :class:`Release`."""
+    return Release.open(folder).load_into(model)
+
+
+__all__ = ["Release", "load_release", "privacy_statement", "write_release"]

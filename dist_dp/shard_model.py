@@ -1,0 +1,176 @@
+"""Shards a model's collections with TorchRec and puts the graph cut in their place."""
+
+from __future__ import annotations
+
+import logging
+import math
+from collections.abc import Mapping
+
+import torch
+import torch.distributed as dist
+from torch import nn
+
+from dist_dp import kernels
+from dist_dp.cut import CutEmbeddings
+from dist_dp.distributed import broadcast_object, rank, world_size
+from dist_dp.errors import ConfigError, ModelError
+from dist_dp.sharding import (
+    ShardingKind,
+    TableOptimizer,
+    embedding_collections,
+    make_sharders,
+    plan_sharding,
+)
+from dist_dp.table_shard import TableShard
+
+_INIT_CHUNK_ROWS = 1 << 16
+
+
+def shard_model(
+    model: nn.Module,
+    sharding: ShardingKind | Mapping[str, ShardingKind],
+    *,
+    optimizer: TableOptimizer,
+    secret: bytes,
+    batch_size: int,
+    device: torch.device | None = None,
+) -> list[CutEmbeddings]:
+    """Replaces every TorchRec collection by its sharded, cut form, in place.
+
+    Tables on the meta device are initialised by a keyed generator, so that their start does not
+    depend on the sharding; others keep their weights. Dense layers take rank 0's values.
+
+    Args:
+        model: The model.
+        sharding: See :func:`dist_dp.sharding.plan_sharding`.
+        optimizer: Fused optimizer of the tables.
+        secret: 32-byte run secret, for the initialisation.
+        batch_size: Expected examples a worker and step.
+        device: Target device; by default the device of the dense parameters, else CPU.
+
+    Returns:
+        The cuts, in model order, the same on every rank.
+
+    Raises:
+        ConfigError: The sharding does not fit the model, or the world.
+        ModelError: The model has no TorchRec collection, or a dense part on the meta device.
+    """
+    from torchrec.distributed.comm_ops import set_gradient_division
+    from torchrec.distributed.types import ShardingEnv
+
+    collections = embedding_collections(model)
+    if not collections:
+        raise ModelError(
+            "the model has no torchrec EmbeddingBagCollection or EmbeddingCollection; without "
+            "tables there is nothing to shard"
+        )
+    if "" in collections:
+        raise ModelError("the model is a bare collection; wrap it in a module with a loss")
+    device = device or _device_of(model, collections)
+    # Sharded gradients must be sums: TorchRec would divide them by the world size.
+    set_gradient_division(False)
+    plan = (
+        plan_sharding(
+            model,
+            sharding,
+            world_size=world_size(),
+            device_type=device.type,
+            batch_size=batch_size,
+            optimizer=optimizer,
+        )
+        if rank() == 0
+        else {}
+    )
+    plan = broadcast_object(plan)
+    env = ShardingEnv.from_process_group(dist.group.WORLD)
+    sharders = make_sharders(optimizer)
+    cuts: list[CutEmbeddings] = []
+    for path, collection in collections.items():
+        sharder = next(s for s in sharders if type(collection) is s.module_type)
+        given = sharder.shardable_parameters(collection)
+        kinds = {name: p.sharding_type for name, p in plan[path].items()}
+        if optimizer.kind != "sgd" and "data_parallel" in kinds.values():
+            raise ConfigError(
+                f"data_parallel tables of '{path}' are updated by SGD, not {optimizer.kind}; "
+                "choose table_wise, row_wise or column_wise for them"
+            )
+        unknown = set(kinds.values()) - {"data_parallel", "table_wise", "row_wise", "column_wise"}
+        if unknown:
+            raise ConfigError(f"sharding kinds {sorted(unknown)} of '{path}' are not supported")
+        with _quiet_torchrec():
+            sharded = sharder.shard(collection, plan[path], env, device)
+        cut = CutEmbeddings(sharded, collection, path, kinds, optimizer)
+        for shard in cut.shards:
+            weight = given[shard.table.removeprefix(path + ".")]
+            if weight.is_meta:
+                _initialise(shard, secret)
+            else:
+                # TorchRec starts sharded tables afresh; the user's values must survive.
+                _copy(shard, weight)
+        parent, _, name = path.rpartition(".")
+        setattr(model.get_submodule(parent), name, cut)
+        cuts.append(cut)
+    _place_dense(model, cuts, device)
+    return cuts
+
+
+def _device_of(model: nn.Module, collections: dict[str, nn.Module]) -> torch.device:
+    inside = {id(p) for c in collections.values() for p in c.parameters()}
+    for parameter in model.parameters():
+        if id(parameter) not in inside and not parameter.is_meta:
+            return parameter.device
+    return torch.device("cpu")
+
+
+def _initialise(shard: TableShard, secret: bytes) -> None:
+    """Uniform in ±1/√rows, TorchRec's default, keyed by table and row."""
+    key = kernels.derive_key(secret, "initialisation", shard.table)
+    bound = 1.0 / math.sqrt(shard.num_rows)
+    count, columns = shard.weight.shape
+    for start in range(0, count, _INIT_CHUNK_ROWS):
+        rows = torch.arange(start, min(count, start + _INIT_CHUNK_ROWS))
+        values = kernels.uniform_rows(
+            key,
+            rows + shard.row_offset,
+            num_columns=columns,
+            column_offset=shard.column_offset,
+            low=-bound,
+            high=bound,
+        )
+        shard.weight[start : start + len(rows)] = values.to(shard.weight)
+
+
+def _copy(shard: TableShard, weight: torch.Tensor) -> None:
+    count, columns = shard.weight.shape
+    rows = slice(shard.row_offset, shard.row_offset + count)
+    shard.weight.copy_(
+        weight.detach()[rows, shard.column_offset : shard.column_offset + columns]
+    )
+
+
+def _place_dense(model: nn.Module, cuts: list[CutEmbeddings], device: torch.device) -> None:
+    """Moves everything outside the tables to the device, with rank 0's values."""
+    inside = {id(t) for c in cuts for t in (*c.parameters(), *c.buffers())}
+    with torch.no_grad():
+        for name, tensor in [*model.named_parameters(), *model.named_buffers()]:
+            if id(tensor) in inside:
+                continue
+            if tensor.is_meta:
+                raise ModelError(
+                    f"'{name}' is on the meta device; only embedding tables may be: build dense "
+                    "layers on the CPU or the GPU"
+                )
+            tensor.data = tensor.data.to(device)
+            if world_size() > 1:
+                dist.broadcast(tensor.data, src=0)
+
+
+class _quiet_torchrec:  # noqa: N801 - reads as a statement
+    """Keeps TorchRec's information lines of sharding away from the user."""
+
+    def __enter__(self) -> None:
+        self._level = logging.root.manager.disable
+        logging.disable(max(self._level, logging.INFO))
+
+    def __exit__(self, *_: object) -> None:
+        logging.disable(self._level)

@@ -1,0 +1,49 @@
+"""Where the time of a step goes, phase by phase."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Iterator
+from contextlib import contextmanager
+
+import torch
+
+
+class PhaseTimer:
+    """Sums wall time by phase name within a step.
+
+    Nested phases are taken out of the phase around them, so that the phases add up.
+
+    Args:
+        device: On CUDA the device is synchronised at the edges of a phase.
+    """
+
+    def __init__(self, device: torch.device | None = None) -> None:
+        self._cuda = device is not None and device.type == "cuda"
+        self._seconds: dict[str, float] = {}
+        self._inner: list[float] = []
+
+    @contextmanager
+    def phase(self, name: str) -> Iterator[None]:
+        """Counts the time of the block under ``name``."""
+        start = self._now()
+        self._inner.append(0.0)
+        try:
+            yield
+        finally:
+            elapsed = self._now() - start
+            inner = self._inner.pop()
+            self._seconds[name] = self._seconds.get(name, 0.0) + elapsed - inner
+            if self._inner:
+                self._inner[-1] += elapsed
+
+    def _now(self) -> float:
+        if self._cuda:
+            torch.cuda.synchronize()
+        return time.perf_counter()
+
+    def take(self) -> dict[str, float]:
+        """Milliseconds by phase since the last take; starts afresh."""
+        result = {name: 1e3 * s for name, s in self._seconds.items()}
+        self._seconds = {}
+        return result

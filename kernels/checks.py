@@ -1,0 +1,173 @@
+"""Argument checks of the kernels' face. Each error names the argument."""
+
+from __future__ import annotations
+
+import math
+import operator
+
+import torch
+
+from dist_dp.kernels.chacha import KEY_BYTES, ROUNDS
+
+MAX_STEP = 2**31 - 1
+MAX_ROWS = 2**48
+MAX_COLUMNS = 8 * 2**16
+
+
+def key(value: bytes, name: str = "key") -> bytes:
+    """A key is 32 bytes."""
+    if not isinstance(value, bytes):
+        raise TypeError(f"{name}: bytes expected, {type(value).__name__} given")
+    if len(value) != KEY_BYTES:
+        raise ValueError(f"{name}: {KEY_BYTES} bytes expected, {len(value)} given")
+    return value
+
+
+def rounds(value: int) -> int:
+    """20, 12 or 8."""
+    if value not in ROUNDS:
+        raise ValueError(f"rounds: one of {ROUNDS} expected, {value} given")
+    return value
+
+
+def integer(value: int, name: str, low: int, high: int) -> int:
+    """An integer in [low, high]."""
+    try:
+        number = operator.index(value)
+    except TypeError:
+        kind = type(value).__name__
+        raise TypeError(f"{name}: an integer expected, {kind} given") from None
+    if not low <= number <= high:
+        raise ValueError(f"{name}: {number} is outside [{low}, {high}]")
+    return number
+
+
+def columns(column_offset: int, num_columns: int) -> tuple[int, int]:
+    """A range of columns whose 8-column blocks have 16-bit numbers."""
+    offset = integer(column_offset, "column_offset", 0, MAX_COLUMNS)
+    number = integer(num_columns, "num_columns", 0, MAX_COLUMNS)
+    if offset + number > MAX_COLUMNS:
+        raise ValueError(
+            f"column_offset + num_columns: {offset + number} is above {MAX_COLUMNS}, "
+            "the most columns a table can have"
+        )
+    return offset, number
+
+
+def integers(value: torch.Tensor, name: str) -> torch.Tensor:
+    """A one-dimensional tensor of integers."""
+    if not isinstance(value, torch.Tensor):
+        raise TypeError(f"{name}: a tensor expected, {type(value).__name__} given")
+    if value.dtype not in (torch.int64, torch.int32):
+        raise TypeError(f"{name}: dtype int64 or int32 expected, {value.dtype} given")
+    if value.dim() != 1:
+        raise ValueError(f"{name}: one dimension expected, shape {tuple(value.shape)} given")
+    return value.detach()
+
+
+def rows(value: torch.Tensor, name: str, limit: int) -> torch.Tensor:
+    """Row numbers int64 [n], each in [0, limit)."""
+    numbers = integers(value, name).to(torch.int64)
+    if numbers.numel():
+        low, high = (int(x) for x in torch.aminmax(numbers))
+        if low < 0 or high >= limit:
+            raise IndexError(f"{name}: row {low if low < 0 else high} is outside [0, {limit})")
+    return numbers
+
+
+def unique(value: torch.Tensor, name: str) -> None:
+    """No row twice: it would be settled twice, with the same noise."""
+    if bool((value[1:] > value[:-1]).all()):
+        return
+    ordered = value.sort().values
+    repeated = ordered[1:][ordered[1:] == ordered[:-1]]
+    if repeated.numel():
+        raise ValueError(
+            f"{name}: row {int(repeated[0])} occurs more than once; pass each row once "
+            "(torch.unique)"
+        )
+
+
+def steps(value: torch.Tensor | int, count: int, to_step: int) -> torch.Tensor:
+    """The steps from which rows are settled, integers [count] in [0, to_step]."""
+    if isinstance(value, torch.Tensor):
+        numbers = integers(value, "from_steps")
+        if numbers.numel() != count:
+            raise ValueError(f"from_steps: {count} entries expected, {numbers.numel()} given")
+        if count:
+            low, high = (int(x) for x in torch.aminmax(numbers))
+            if low < 0 or high > to_step:
+                wrong = low if low < 0 else high
+                raise ValueError(f"from_steps: step {wrong} is outside [0, to_step = {to_step}]")
+        return numbers
+    number = integer(value, "from_steps", 0, MAX_STEP)
+    if number > to_step:
+        raise ValueError(f"from_steps: step {number} is after to_step = {to_step}")
+    return torch.tensor([number], dtype=torch.int64).expand(count)
+
+
+def factor(
+    value: torch.Tensor | float, name: str, count: int, device: torch.device, *, round_up: bool
+) -> torch.Tensor:
+    """Finite non-negative factors as float32 [count] on `device`.
+
+    With `round_up` a float64 value that float32 cannot hold goes to the next larger one, so that
+    rounding never weakens noise.
+    """
+    if isinstance(value, torch.Tensor):
+        given = value.detach()
+        if given.dtype not in (torch.float32, torch.float64):
+            raise TypeError(f"{name}: dtype float32 or float64 expected, {given.dtype} given")
+        if given.shape != (count,):
+            raise ValueError(f"{name}: shape ({count},) expected, {tuple(given.shape)} given")
+        if given.device != device:
+            raise ValueError(f"{name}: is on {given.device}, the weight is on {device}")
+    else:
+        if isinstance(value, bool) or not isinstance(value, (int, float)):
+            raise TypeError(f"{name}: a number or tensor expected, {type(value).__name__} given")
+        if not math.isfinite(value):
+            raise ValueError(f"{name}: {value} is not a finite number")
+        given = torch.tensor([float(value)], dtype=torch.float64, device=device)
+    if count and not bool((given >= 0).all()):  # NaN is caught here too
+        wrong = given[~(given >= 0)][0].item()
+        raise ValueError(f"{name}: {wrong} given; a number of at least 0 expected")
+    result = given.to(torch.float32)
+    if round_up and given.dtype == torch.float64:
+        larger = torch.nextafter(result, torch.full_like(result, math.inf))
+        result = torch.where(result.to(torch.float64) < given, larger, result)
+    if count and not bool(torch.isfinite(result).all()):
+        raise ValueError(f"{name}: not finite in float32")
+    return result.expand(count)
+
+
+def table(value: torch.Tensor, name: str = "weight") -> torch.Tensor:
+    """A float32 matrix that can be written in place."""
+    dense(value, name)
+    if value.dim() != 2:
+        raise ValueError(f"{name}: two dimensions expected, shape {tuple(value.shape)} given")
+    return value.detach()
+
+
+def dense(value: torch.Tensor, name: str) -> torch.Tensor:
+    """A float32 tensor no two elements of which share memory."""
+    if not isinstance(value, torch.Tensor):
+        raise TypeError(f"{name}: a tensor expected, {type(value).__name__} given")
+    if value.dtype != torch.float32:
+        raise TypeError(f"{name}: dtype float32 expected, {value.dtype} given")
+    if value.layout != torch.strided:
+        raise TypeError(f"{name}: a strided tensor expected, {value.layout} given")
+    expanded = [s == 0 and n > 1 for s, n in zip(value.stride(), value.shape, strict=True)]
+    if any(expanded):
+        raise ValueError(f"{name}: an expanded tensor cannot be updated in place; clone it first")
+    return value.detach()
+
+
+def noisy_steps(from_steps: torch.Tensor, to_step: int, scale: torch.Tensor | None = None) -> None:
+    """Noise belongs to an interval of at least one step."""
+    empty = from_steps == to_step
+    if scale is not None:
+        empty = empty & (scale.to(from_steps.device) > 0)
+    if bool(empty.any()):
+        raise ValueError(
+            f"from_steps: noise asked for over no step at all (from and to are both {to_step})"
+        )

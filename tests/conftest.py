@@ -1,0 +1,54 @@
+"""What every test shares: quiet libraries, and reasons where a test cannot run."""
+
+from __future__ import annotations
+
+import os
+from pathlib import Path
+
+import pytest
+
+# Before Ray is imported anywhere: no usage report, no repeated log lines, no hints.
+for _name, _value in {
+    "RAY_USAGE_STATS_ENABLED": "0",
+    "RAY_ACCEL_ENV_VAR_OVERRIDE_ON_ZERO": "0",
+    "RAY_DEDUP_LOGS": "1",
+    "TORCH_CPP_LOG_LEVEL": "ERROR",
+}.items():
+    os.environ.setdefault(_name, _value)
+
+REAL_DATA = "DIST_DP_REAL_DATA"
+
+
+def _no_real_data() -> str | None:
+    """Say why tests on real data cannot run, or ``None`` where they can."""
+    folder = os.environ.get(REAL_DATA)
+    if not folder:
+        return f"{REAL_DATA} is not set; it names the folder of the public data sets"
+    if not Path(folder).is_dir():
+        return f"{REAL_DATA}={folder} is not a folder"
+    return None
+
+
+def _no_gpu() -> str | None:
+    """Say why tests on a GPU cannot run, or ``None`` where they can."""
+    import torch
+
+    return None if torch.cuda.is_available() else "torch finds no CUDA device"
+
+
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    for marker, why_not in (("real_data", _no_real_data), ("gpu", _no_gpu)):
+        marked = [item for item in items if item.get_closest_marker(marker)]
+        reason = why_not() if marked else None
+        if reason:
+            for item in marked:
+                item.add_marker(pytest.mark.skip(reason=reason))
+
+
+@pytest.fixture(scope="session")
+def real_data() -> Path:
+    """The folder of the public data sets; for tests marked ``real_data``."""
+    reason = _no_real_data()
+    if reason:
+        pytest.skip(reason)
+    return Path(os.environ[REAL_DATA])

@@ -24,7 +24,7 @@ _HOMES = {
     "write_criteo_like": "synthetic",
 }
 
-__all__ = [  # noqa: PLE0604
+__all__ = [
     "ArrowStore",
     "ClickBatch",
     "ClickDataset",

@@ -65,9 +65,7 @@ class _MappedFile:
 class _Rows:
     """Gathers rows of fixed width from one column."""
 
-    def __init__(
-        self, file: _MappedFile, column: str, buffer: int, dtype: Any, width: int
-    ) -> None:
+    def __init__(self, file: _MappedFile, column: str, buffer: int, dtype: Any, width: int) -> None:
         words = file.words(dtype)
         self._starts = file.starts(column, buffer, words.itemsize)
         self._stride = width
@@ -166,11 +164,10 @@ class ClickDataset:
         return self._rows
 
     def __reduce__(self) -> tuple[Any, ...]:
+        """Pickles the arguments alone; the receiver maps the file again."""
         return (ClickDataset, self._arguments)
 
-    def batch(
-        self, indices: NDArray[np.int64], *, padded_size: int | None = None
-    ) -> ClickBatch:
+    def batch(self, indices: NDArray[np.int64], *, padded_size: int | None = None) -> ClickBatch:
         """Reads records by number.
 
         Args:
@@ -247,9 +244,7 @@ class ClickDataset:
             stride=size,
         )
 
-    def _single_ids(
-        self, part: NDArray[np.int64], local: NDArray[np.int64]
-    ) -> NDArray[np.int64]:
+    def _single_ids(self, part: NDArray[np.int64], local: NDArray[np.int64]) -> NDArray[np.int64]:
         if self._ids is None:
             return np.zeros((len(part), 0), dtype=np.int64)
         # Missing unhashed ids are -1; a truncated remainder keeps them so.

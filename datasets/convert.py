@@ -178,7 +178,9 @@ def _checked_split(split: Mapping[str, float] | None) -> dict[str, float] | None
         if not 0 < fraction <= 1:
             raise ConfigError(f"split: {name} is {fraction}; a fraction lies in (0, 1]")
     if abs(sum(split.values()) - 1) > 1e-9:
-        raise ConfigError(f"split: the fractions sum to {sum(split.values()):g}; they must sum to 1")
+        raise ConfigError(
+            f"split: the fractions sum to {sum(split.values()):g}; they must sum to 1"
+        )
     return {name: float(fraction) for name, fraction in split.items()}
 
 

@@ -24,7 +24,7 @@ import pyarrow as pa
 import pyarrow.compute as pc
 from numpy.typing import NDArray
 
-from dist_dp.datasets.hashing import TokenHasher
+from dist_dp.datasets.hashing import TokenHasher, record_keys
 from dist_dp.datasets.schema import DataSchema, DenseFeature, SparseFeature
 from dist_dp.errors import DataError
 
@@ -176,8 +176,10 @@ class Encoder:
             problems,
             bad,
             "label is not 0 or 1",
-            lambda row: f"the label ({name}) is {values[row]:g}, not 0 or 1; correct it, or set "
-            "label_threshold to make labels from a rating",
+            lambda row: (
+                f"the label ({name}) is {values[row]:g}, not 0 or 1; correct it, or set "
+                "label_threshold to make labels from a rating"
+            ),
         )
         return values, values.astype(np.float32)
 
@@ -192,8 +194,10 @@ class Encoder:
                     problems,
                     nulls,
                     f"missing {name}",
-                    lambda row: f"{name} is missing; fill it in, or set `missing` of dense "
-                    f"feature {feature.name!r}",
+                    lambda row: (
+                        f"{name} is missing; fill it in, or set `missing` of dense "
+                        f"feature {feature.name!r}"
+                    ),
                 )
             else:
                 values[nulls] = feature.missing
@@ -205,8 +209,9 @@ class Encoder:
             problems,
             bad,
             f"{name} is not finite",
-            lambda row: f"{name} is {values[row]:g}, which is not a finite 32-bit number; "
-            "correct it",
+            lambda row: (
+                f"{name} is {values[row]:g}, which is not a finite 32-bit number; correct it"
+            ),
         )
         return values, out
 
@@ -272,8 +277,10 @@ class Encoder:
                 problems,
                 odd,
                 f"{name} has another length",
-                lambda row: f"{name} holds {own_lengths[row]} weights for {lengths[row]} ids of "
-                f"{feature.source_column}; give one weight for each id",
+                lambda row: (
+                    f"{name} holds {own_lengths[row]} weights for {lengths[row]} ids of "
+                    f"{feature.source_column}; give one weight for each id"
+                ),
             )
             return np.ones(len(row_of), dtype=np.float32)
         values, nulls = self._numbers(Columns({name: flat}, len(flat)), name)
@@ -390,10 +397,11 @@ def _content_keys(
     split_seed: int,
 ) -> NDArray[np.uint64]:
     """Record keys from the values before any transform, columns in order of name."""
-    from dist_dp.datasets.hashing import record_keys
-
-    fixed = np.column_stack([raw[name].astype("<i8" if name.startswith("id:") else "<f8").view("<u8")
-                             for name in sorted(raw)]) if raw else np.empty((num_rows, 0), "<u8")
+    words = [
+        raw[name].astype("<i8" if name.startswith("id:") else "<f8").view("<u8")
+        for name in sorted(raw)
+    ]
+    fixed = np.column_stack(words)
     width = fixed.shape[1] * 8
     data = fixed.tobytes()
     records = [data[i * width : (i + 1) * width] for i in range(num_rows)]

@@ -153,8 +153,7 @@ class DataSchema(_Frozen):
         unknown = sorted(set(overrides) - set(self.table_rows()))
         if unknown:
             raise ConfigError(
-                f"no table is called {unknown[0]!r}; the tables are "
-                f"{', '.join(self.table_rows())}"
+                f"no table is called {unknown[0]!r}; the tables are {', '.join(self.table_rows())}"
             )
         for what, size in [*overrides.items(), ("maximum", maximum)]:
             if size is not None and size < 1:

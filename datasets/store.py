@@ -86,6 +86,4 @@ class ArrowStore:
             raise DataError(
                 f"{self.path}: has no split {name!r}; it has {', '.join(self.split_names())}"
             )
-        return ClickDataset(
-            self.path / info.file, name, self.schema, info.rows, info.fingerprint
-        )
+        return ClickDataset(self.path / info.file, name, self.schema, info.rows, info.fingerprint)

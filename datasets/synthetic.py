@@ -65,9 +65,9 @@ class SyntheticSettings:
     cardinalities: tuple[int, ...] = DEFAULT_CARDINALITIES
     zipf_exponent: float = 1.05
     click_rate: float = 0.25
-    dense_signal: float = 0.9
+    dense_signal: float = 1.2
     sparse_signal: float = 1.0
-    interaction_signal: float = 0.3
+    interaction_signal: float = 0.25
     num_interactions: int = 4
 
     def __post_init__(self) -> None:
@@ -264,7 +264,9 @@ def iter_chunks(settings: SyntheticSettings, num_records: int) -> Iterator[Synth
         yield chunk
 
 
-def criteo_like_schema(settings: SyntheticSettings, num_embeddings: int | None = None) -> DataSchema:
+def criteo_like_schema(
+    settings: SyntheticSettings, num_embeddings: int | None = None
+) -> DataSchema:
     """Schema of a synthetic log: I1.. by log(1 + max(x, 0)), and hashed C1...
 
     Args:
@@ -440,9 +442,7 @@ def write_synthetic_store(
     ``truth.json`` in the store's folder holds what :func:`write_criteo_like` returns.
     """
     reader = SyntheticReader(settings or SyntheticSettings(), num_records, schema, split_seed)
-    manifest = write_store(
-        reader, destination, split=split, progress=progress, overwrite=overwrite
-    )
+    manifest = write_store(reader, destination, split=split, progress=progress, overwrite=overwrite)
     if reader.truth_summary:
         text = json.dumps(reader.truth_summary, indent=2) + "\n"
         (Path(destination) / "truth.json").write_text(text)

@@ -139,8 +139,9 @@ def calibrate_noise_multiplier(
 
     def excess(log_sigma: float) -> float:
         events = {GaussianEvent(math.exp(log_sigma), sample_rate): steps}
-        # brentq needs finite values; only the sign matters far from the root.
-        return min(epsilon_of(events, target_delta, accountant=accountant), 1e9) - goal
+        epsilon = epsilon_of(events, target_delta, accountant=accountant)
+        # Nearly linear in these coordinates, so few steps; brentq needs finite values.
+        return math.log(min(max(epsilon, 1e-12), 1e12) / goal)
 
     low, high = math.log(0.5), math.log(1.0)
     while excess(high) > 0:

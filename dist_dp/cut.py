@@ -186,13 +186,37 @@ class CutEmbeddings(nn.Module):
         self._bound_rate = 1.0 if self.linear else self.learning_rate()
         for fused in self.fused:
             fused.set_learning_rate(self._bound_rate)
-        output = self.sharded(features)
-        output = output.wait() if hasattr(output, "wait") else output
-        if not (self.training and torch.is_grad_enabled()):
+        cutting = self.training and torch.is_grad_enabled()
+        # Outside training nothing may flow back: the fused update would take it unclipped.
+        with torch.set_grad_enabled(cutting):
+            output = self.sharded(features)
+            output = self._in_order(output.wait() if hasattr(output, "wait") else output)
+        if not cutting:
             return output
         if self.pooled:
             return self._cut_pooled(features, output)
         return self._cut_sequence(features, output)
+
+    def _in_order(self, output: Any) -> Any:
+        """The output with its keys in the order of the unsharded collection.
+
+        TorchRec orders them by placement; a model that takes ``values()`` whole would see its
+        features change places with the sharding, and in the released model once more.
+        """
+        from torchrec import KeyedTensor
+
+        names = [name for names in self.output_names for name in names]
+        if not self.pooled:
+            return {name: output[name] for name in names}
+        if output.keys() == names:
+            return output
+        dims = dict(zip(output.keys(), output.length_per_key(), strict=True))
+        parts = output.to_dict()
+        return KeyedTensor(
+            keys=names,
+            length_per_key=[dims[name] for name in names],
+            values=torch.cat([parts[name] for name in names], dim=1),
+        )
 
     def _check(self, features: Any) -> None:
         for config in self.configs:
@@ -307,6 +331,26 @@ class CutEmbeddings(nn.Module):
         for replica in self.replicas:
             # The gradient that reaches replicas carries the rate as well.
             replica.apply()
+
+    @property
+    def has_gradients(self) -> bool:
+        """Whether a backward reached a recorded forward."""
+        pieces = (p for call in self._calls for p in call.pieces.values())
+        return any(p.leaf.grad is not None for p in pieces)
+
+    def check_no_stray_gradients(self) -> None:
+        """Refuses gradients that reached a table past the cut.
+
+        Raises:
+            ModelError: A table has a gradient of its own before the clipped one is sent.
+        """
+        for name, parameter in self.named_parameters():
+            if parameter.grad is not None:
+                raise ModelError(
+                    f"table parameter '{self.path}.{name}' got a gradient outside its lookup (a "
+                    "penalty on the weights in the loss?). It would not be clipped: use "
+                    "weight_decay of the optimizer instead."
+                )
 
     def clear(self) -> None:
         """Forgets recorded forwards without updating anything."""

@@ -30,7 +30,8 @@ from torch import nn
 from dist_dp.distributed import broadcast_object, ensure_process_group, rank
 from dist_dp.errors import ConfigError, DistDpError
 from dist_dp.leases import StepLeases
-from dist_dp.ledger import Ledger, LocalAccountant
+from dist_dp.accountant import LocalAccountant
+from dist_dp.ledger import Ledger
 from dist_dp.loader import PoissonLoader, as_source
 from dist_dp.mechanisms import mechanism_class
 from dist_dp.optimizer import LossReduction, PrivateOptimizer
@@ -96,7 +97,7 @@ class PrivacyEngine:
         self.device = None if device is None else torch.device(device)
         self.timer = PhaseTimer(self.device)
         self._secret = secret
-        self._accountant = accountant
+        self.accountant = accountant
         self._ledger_path = Path(ledger) if ledger else default_ledger_path()
         self._parts: PrivateModel | None = None
 
@@ -314,7 +315,8 @@ class PrivacyEngine:
         accountant = None
         if rank() == 0:
             try:
-                accountant = self._accountant or LocalAccountant(Ledger(self._ledger_path))
+                accountant = self.accountant or LocalAccountant(Ledger(self._ledger_path))
+                self.accountant = accountant
                 event = plan.event()
                 if event is not None:
                     accountant.register_dataset(

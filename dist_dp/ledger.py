@@ -21,14 +21,22 @@ from typing import Any
 from dist_dp.accountant import LocalAccountant
 from dist_dp.accounting import GaussianEvent, epsilon_of, max_steps
 from dist_dp.errors import BudgetError, LedgerError
-from dist_dp.ledger_state import DatasetBudget, Entry, Lease, LedgerState, Spend
+from dist_dp.ledger_state import (
+    DatasetBudget,
+    Entry,
+    Lease,
+    LedgerState,
+    Rounding,
+    Spend,
+    multiple_of,
+    part_of_plan,
+)
 from dist_dp.ledger_store import LedgerStore, Transaction
 
 __all__ = ["DatasetBudget", "Entry", "Lease", "Ledger", "LocalAccountant", "Spend"]
 
-# ε is first tried with every open run's charge rounded up on a coarse grid, then on a finer one:
-# one composition then serves many leases. The last attempt is exact.
-_GRIDS: tuple[int | None, ...] = (4, 32, None)
+# When the whole plans of the open runs pass the budget, ε is tried so many leases ahead.
+_LEASES_AHEAD = 16
 
 
 class Ledger:
@@ -54,6 +62,7 @@ class Ledger:
     def __init__(self, path: Path | str) -> None:
         self._store = LedgerStore(Path(path))
         self._state = LedgerState()
+        self._last_seen = 0
         self._lock = threading.RLock()
         with self._transaction(write=False):
             pass
@@ -401,13 +410,15 @@ class Ledger:
             return steps, math.inf, math.inf
         event, budget = run.event, self._state.budget(run.dataset)
 
-        def bounds(extra: int, parts: int | None) -> tuple[float, float]:
-            counts = self._state.counts(run.dataset, {run_id: extra}, parts)
-            alone = {event: run.charge_rounded_up(extra, parts)}
+        def bounds(extra: int, rounding: Rounding | None) -> tuple[float, float]:
+            counts = self._state.counts(run.dataset, {run_id: extra}, rounding)
+            alone = {event: run.charge_with(extra, rounding)}
             return epsilon_of(counts, budget.delta), epsilon_of(alone, budget.delta)
 
-        for parts in _GRIDS:
-            total, alone = bounds(steps, parts)
+        # Rounded up, many leases ask for the same composition, which is remembered. What fits
+        # rounded up fits; only the last attempt is exact.
+        for rounding in (part_of_plan, multiple_of(_LEASES_AHEAD * steps), None):
+            total, alone = bounds(steps, rounding)
             if total <= budget.epsilon:
                 return steps, total, alone
         already = self._state.counts(run.dataset)
@@ -424,15 +435,19 @@ class Ledger:
     @contextlib.contextmanager
     def _transaction(self, *, write: bool) -> Iterator[Transaction]:
         """Open a transaction with the state caught up to every entry before it."""
-        with self._lock, self._store.transaction(write=write) as tx:
-            if tx.last_seq() < self._state.seq:
-                raise LedgerError(
-                    f"the ledger {self.path} lost entries while in use: it was replaced by an "
-                    "older copy; restore the newest one and start again"
-                )
-            for entry in tx.entries_after(self._state.seq):
-                self._state.apply(entry)
-            yield tx
+        with self._lock:
+            with self._store.transaction(write=write) as tx:
+                if tx.last_seq() < self._last_seen:
+                    raise LedgerError(
+                        f"the ledger {self.path} lost entries while in use: it was replaced by an "
+                        "older copy; restore the newest one and start again"
+                    )
+                for entry in tx.entries_after(self._state.seq):
+                    self._state.apply(entry)
+                yield tx
+                last_seq = tx.last_seq()
+            # Own entries are applied by the next transaction; only now are they on the disk.
+            self._last_seen = last_seq
 
 
 def _check_same_unit(budget: DatasetBudget, unit: str) -> None:

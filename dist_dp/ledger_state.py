@@ -7,7 +7,7 @@ reads the same entries arrives at the same spend.
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field, replace
 from typing import Any, Literal
 
@@ -23,6 +23,9 @@ EntryKind = Literal[
     "steps_settled",
     "run_closed",
 ]
+
+# From (steps charged, steps planned) to a larger number of steps, the same for many leases.
+Rounding = Callable[[int, int], int]
 
 
 @dataclass(frozen=True)
@@ -98,16 +101,23 @@ class RunState:
     charged: int = 0
     status: str = "open"
 
-    def charge_rounded_up(self, extra: int, parts: int | None) -> int:
-        """Return the charge with ``extra`` steps, rounded up to one of ``parts`` of the plan.
-
-        The grid is quadratic, because ε grows about with the square root of the steps.
-        """
+    def charge_with(self, extra: int, rounding: Rounding | None) -> int:
+        """Return the charge with ``extra`` steps more, rounded up while the run goes on."""
         charged = self.charged + extra
-        if parts is None or charged == 0 or self.status != "open":
+        if rounding is None or charged == 0 or self.status != "open":
             return charged
-        part = math.ceil(parts * math.sqrt(charged / self.planned_steps))
-        return max(charged, math.ceil(self.planned_steps * (part / parts) ** 2))
+        return max(charged, rounding(charged, self.planned_steps))
+
+
+def part_of_plan(charged: int, planned: int) -> int:
+    """Round up to 1/16, 4/16, 9/16 or 16/16 of the plan: about equal parts of ε, as ε ~ √steps."""
+    part = math.ceil(4 * math.sqrt(charged / planned))
+    return math.ceil(planned * part**2 / 16)
+
+
+def multiple_of(block: int) -> Rounding:
+    """Return a rounding up to the next multiple of ``block`` steps."""
+    return lambda charged, _planned: -(-charged // block) * block
 
 
 @dataclass
@@ -152,18 +162,21 @@ class LedgerState:
         return None
 
     def counts(
-        self, dataset: str, extra: Mapping[str, int] | None = None, parts: int | None = None
+        self,
+        dataset: str,
+        extra: Mapping[str, int] | None = None,
+        rounding: Rounding | None = None,
     ) -> dict[GaussianEvent, int]:
         """Return the steps charged to a data set by event, plus ``extra`` steps by run.
 
-        With ``parts`` the charge of every open run is rounded up (see `charge_rounded_up`).
+        With ``rounding`` the charge of every open run is rounded up.
         Runs without noise have no event and do not compose: they are reported by name instead.
         """
         counts: dict[GaussianEvent, int] = {}
         for run_id in self.datasets[dataset].run_ids:
             run = self.runs[run_id]
             if run.event is not None:
-                charge = run.charge_rounded_up((extra or {}).get(run_id, 0), parts)
+                charge = run.charge_with((extra or {}).get(run_id, 0), rounding)
                 counts[run.event] = counts.get(run.event, 0) + charge
         return {event: count for event, count in counts.items() if count}
 

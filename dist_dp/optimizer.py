@@ -106,6 +106,8 @@ class PrivateOptimizer(torch.optim.Optimizer):
         self.loss_reduction = loss_reduction
         self.timer = timer or PhaseTimer()
         self.last_stats: StepStats | None = None
+        # Set by zero_grad after a forward without backward: the next forward replaces it.
+        self.superseded = False
         self._state = state
         for cut in cuts:
             cut.learning_rate = self._table_rate
@@ -114,12 +116,19 @@ class PrivateOptimizer(torch.optim.Optimizer):
         }
 
     def zero_grad(self, set_to_none: bool = True) -> None:
-        """Clears gradients and whatever an unfinished forward recorded."""
+        """Clears gradients; a forward whose backward is still to come stays recorded."""
         if self.dense is not None:
             self.dense.zero_grad(set_to_none)
+        if self.recorder.has_gradients or any(c.has_gradients for c in self.cuts):
+            self._forget()
+        else:
+            self.superseded = True
+
+    def _forget(self) -> None:
         self.recorder.clear()
         for cut in self.cuts:
             cut.clear()
+        self.superseded = False
 
     @torch.no_grad()
     def step(self, closure: Callable[[], float] | None = None) -> None:  # type: ignore[override]
@@ -137,7 +146,14 @@ class PrivateOptimizer(torch.optim.Optimizer):
         if closure is not None:
             raise DistDpError("a private step takes no closure: one backward a step")
         self.recorder.check_no_stray_gradients()
+        for cut in self.cuts:
+            cut.check_no_stray_gradients()
         batch = next((c.batch for c in self.cuts if c.batch is not None), None)
+        if batch is None:
+            raise DistDpError(
+                "optimizer.step() without a forward in training mode: call model.train() after an "
+                "evaluation, and loss.backward() before optimizer.step()"
+            )
         is_real = self._state.take(batch)
         device = self._device()
         is_real = is_real.to(device)
@@ -151,12 +167,8 @@ class PrivateOptimizer(torch.optim.Optimizer):
             signal_to_noise = self._noise_dense(sums, step)
         tables = self.param_groups[0]
         lr, decay = float(tables["lr"]), float(tables["weight_decay"])
-        with self.timer.phase("update"):
-            table_lr = self._table_rate()
-            per_example = coefficients / self.plan.expected_batch_size
-            for cut in self.cuts:
-                cut.backward(per_example, table_lr)
-            self._update_dense(sums)
+        # The noise is owed before the first gradient is in: should the update fail half-way, a
+        # release still settles it.
         self.schedule.advance(
             learning_rate=lr,
             noise_multiplier=self.plan.noise_multiplier or 0.0,
@@ -164,9 +176,15 @@ class PrivateOptimizer(torch.optim.Optimizer):
             expected_batch_size=self.plan.expected_batch_size,
             weight_decay=decay,
         )
+        with self.timer.phase("update"):
+            table_lr = self._table_rate()
+            per_example = coefficients / self.plan.expected_batch_size
+            for cut in self.cuts:
+                cut.backward(per_example, table_lr)
+            self._update_dense(sums)
         with self.timer.phase("noise"):
             self.mechanism.after_update([s for c in self.cuts for s in c.shards])
-        self.recorder.clear()
+        self._forget()
         norms = norms[is_real]
         clipped = int((norms > self.plan.max_grad_norm).sum()) if self.mechanism.private else 0
         self.last_stats = StepStats(norms, clipped, signal_to_noise)
@@ -235,12 +253,15 @@ def _all_reduce_together(sums: dict[str, Tensor]) -> dict[str, Tensor]:
     return {n: p.view(v.shape) for (n, v), p in zip(sums.items(), parts, strict=True)}
 
 
-def watch_forwards(model: nn.Module, recorder: DenseRecorder, cuts: list[CutEmbeddings]) -> None:
+def watch_forwards(model: nn.Module, optimizer: PrivateOptimizer) -> None:
     """Refuses a second training forward in one step: it would mix the examples of two batches."""
 
     def before(module: nn.Module, _args: Any) -> None:
-        recorded = any(c.batch is not None for c in cuts) or recorder.has_calls
-        if module.training and torch.is_grad_enabled() and recorded:
+        if not (module.training and torch.is_grad_enabled()):
+            return
+        if optimizer.superseded:
+            optimizer._forget()
+        if any(c.batch is not None for c in optimizer.cuts) or optimizer.recorder.has_calls:
             raise ModelError(
                 "a second forward in training mode before optimizer.step(): a private step has "
                 "one forward and one backward. Use model.eval() or torch.no_grad() for others, "

@@ -57,8 +57,9 @@ class PrivateModel:
                 noise; releasing it would break the guarantee.
         """
         now = dict(_fixed_tensors(self.model, self.recorder, self.cuts))
-        for name, before in self.fixed.items():
-            if name not in now or not torch.equal(now[name].cpu(), before):
+        for name in sorted(self.fixed.keys() | now.keys()):
+            same = name in now and name in self.fixed
+            if not same or not torch.equal(now[name].cpu(), self.fixed[name]):
                 raise ModelError(
                     f"'{name}' is no trained parameter but changed during training (a running "
                     "statistic?). It was computed from private records without noise and cannot "
@@ -210,7 +211,7 @@ def build_private_model(
         loss_reduction=loss_reduction,
         timer=timer,
     )
-    watch_forwards(model, recorder, cuts)
+    watch_forwards(model, optimizer)
     private = PrivateModel(model, cuts, recorder, mechanism, optimizer, plan, state)
     private.fixed = {n: t.detach().cpu().clone() for n, t in _fixed_tensors(model, recorder, cuts)}
     model.train()

@@ -42,6 +42,15 @@ class PhaseTimer:
             torch.cuda.synchronize()
         return time.perf_counter()
 
+    @contextmanager
+    def paused(self) -> Iterator[None]:
+        """Counts nothing in the block: it is not part of a step."""
+        kept = dict(self._seconds)
+        try:
+            yield
+        finally:
+            self._seconds = kept
+
     def take(self) -> dict[str, float]:
         """Milliseconds by phase since the last take; starts afresh."""
         result = {name: 1e3 * s for name, s in self._seconds.items()}

@@ -3,6 +3,9 @@
 Faster implementations replace this module behind the face (`dist_dp.kernels`); they must return
 the same numbers. The face has checked every argument before it comes here.
 
+Speed, one core with AVX-512, 64 columns: 20 million normals a second with 20 rounds, 25 with 12,
+31 with 8; a call has a fixed cost of about half a millisecond.
+
 Counters. Word 12 of a ChaCha block holds the upper 16 of the row's 48 bits and a 16-bit column
 block, word 13 the lower 32 bits of the row, words 14 and 15 the two steps. Steps have 31 bits.
 Normals use from < to, numbers for sampling from = to, and table initialisation the reserved pair

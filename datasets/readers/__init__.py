@@ -102,6 +102,4 @@ def open_reader(
         from dist_dp.datasets.readers.parquet import ParquetReader
 
         return ParquetReader(path, schema, **options)
-    raise DataError(
-        f"unknown format {format!r}; the formats are {', '.join(get_args(Format))}"
-    )
+    raise DataError(f"unknown format {format!r}; the formats are {', '.join(get_args(Format))}")

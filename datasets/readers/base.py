@@ -72,6 +72,7 @@ class Reader(ABC):
         """
 
     def __iter__(self) -> Iterator[Any]:
+        """The same as :meth:`batches`."""
         return self.batches()
 
     def _encode(

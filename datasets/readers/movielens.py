@@ -77,9 +77,7 @@ def default_schema(
             SparseFeature(name="occupation", num_embeddings=1024),
             SparseFeature(name="genres", num_embeddings=1024, ragged=True),
         ]
-    return DataSchema(
-        label="rating", label_threshold=4.0, dense=tuple(dense), sparse=tuple(sparse)
-    )
+    return DataSchema(label="rating", label_threshold=4.0, dense=tuple(dense), sparse=tuple(sparse))
 
 
 @dataclass(frozen=True)
@@ -184,14 +182,14 @@ def _odd_id(key: str, ids: NDArray[np.float64], odd: NDArray[np.bool_]) -> Probl
     )
 
 
-def _unknown_id(
-    key: str, ids: NDArray[np.int64], absent: NDArray[np.bool_], file: Path
-) -> Problem:
+def _unknown_id(key: str, ids: NDArray[np.int64], absent: NDArray[np.bool_], file: Path) -> Problem:
     return Problem(
         np.flatnonzero(absent),
         f"unknown {key}",
-        lambda row: f"{key} {ids[row]} does not occur in {file.name}; add it there, or name the "
-        "ratings file alone",
+        lambda row: (
+            f"{key} {ids[row]} does not occur in {file.name}; add it there, or name the "
+            "ratings file alone"
+        ),
     )
 
 

@@ -51,7 +51,7 @@ class TextChunk:
 
 def first_line(path: Path) -> bytes:
     """The first line of a file (at most 64 KiB of it); an empty file is an error."""
-    with _open(path) as (stream, _):
+    with _OpenText(path) as (stream, _):
         try:
             line = stream.readline(1 << 16)
         except (OSError, EOFError, zlib.error) as error:
@@ -74,7 +74,7 @@ def read_chunks(path: Path, chunk_bytes: int, separator: bytes = b"\t") -> Itera
     """
     next_number = 1
     rest = b""
-    with _open(path) as (stream, raw):
+    with _OpenText(path) as (stream, raw):
         while True:
             try:
                 block = stream.read(chunk_bytes)
@@ -208,9 +208,7 @@ def _bad_lines(
     rows = np.array(whole, dtype=np.int64)
     for name in numeric:
         values = table.column(name).combine_chunks()
-        text = pa.array(
-            [v.decode("latin-1") for v in values.to_pylist()], pa.string()
-        )
+        text = pa.array([v.decode("latin-1") for v in values.to_pylist()], pa.string())
         wrong = pc.invert(pc.or_(pc.match_substring_regex(text, _NUMBER), pc.equal(text, "")))
         for i in np.flatnonzero(wrong.to_numpy(zero_copy_only=False)):
             message = f"{name} is {text[int(i)].as_py()!r}, not a number; correct it"
@@ -218,7 +216,7 @@ def _bad_lines(
     return bad
 
 
-class _open:  # noqa: N801 - a context manager used like a function
+class _OpenText:
     """Opens plain or gzip text; gives the stream and the file whose position is on disk."""
 
     def __init__(self, path: Path) -> None:

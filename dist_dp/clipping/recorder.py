@@ -23,7 +23,13 @@ class _Call:
 
     def __init__(self, inputs: tuple[Tensor, ...]) -> None:
         self.inputs = inputs
+        self.versions = [x._version for x in inputs]
         self.delta: Tensor | None = None
+
+    @property
+    def overwritten(self) -> bool:
+        """Whether an input was changed in place after the layer had read it."""
+        return [x._version for x in self.inputs] != self.versions
 
 
 class _Tap(torch.autograd.Function):
@@ -36,7 +42,8 @@ class _Tap(torch.autograd.Function):
     @staticmethod
     def forward(ctx: Any, output: Tensor, anchor: Tensor, call: _Call) -> Tensor:
         ctx.call = call
-        return output.view_as(output)
+        # Not a view: an activation that works in place may follow.
+        return output.detach()
 
     @staticmethod
     def backward(ctx: Any, *grad_outputs: Tensor) -> Any:
@@ -44,6 +51,22 @@ class _Tap(torch.autograd.Function):
         call: _Call = ctx.call
         call.delta = grad if call.delta is None else call.delta + grad
         return grad, None, None
+
+
+class _Untapped(torch.autograd.Function):
+    """Identity that refuses a gradient: no rule accounts for what comes by this way."""
+
+    @staticmethod
+    def forward(ctx: Any, output: Tensor, anchor: Tensor, name: str) -> Tensor:
+        ctx.name = name
+        return output.detach()
+
+    @staticmethod
+    def backward(ctx: Any, *grad_outputs: Tensor) -> Any:
+        raise ModelError(
+            f"layer '{ctx.name}': the loss uses more than the layer's first output (attention "
+            "weights?); clipping sees the first one only. Detach the others."
+        )
 
 
 class DenseRecorder:
@@ -65,10 +88,12 @@ class DenseRecorder:
 
     def __init__(self, model: nn.Module, skip: tuple[nn.Module, ...] = ()) -> None:
         register_torchrec_rules()
+        self._model = model
         self.layers: dict[str, tuple[nn.Module, DenseRule]] = {}
         self.parameters: dict[str, nn.Parameter] = {}
         self._calls: dict[str, list[_Call]] = {}
         self._handles: list[torch.utils.hooks.RemovableHandle] = []
+        _refuse_batch_norm(model, skip)
         self._collect(model, "", skip)
         self._refuse_shared()
         device = next(iter(self.parameters.values())).device if self.parameters else None
@@ -117,21 +142,17 @@ class DenseRecorder:
     def _watch(self, name: str, layer: nn.Module) -> None:
         trained = [p for p in layer.parameters() if p.requires_grad]
 
-        def before(_module: nn.Module, _args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
-            if self._paused:
+        def before(_module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
+            if self._paused or not self._model.training:
                 return
-            if kwargs and any(isinstance(v, Tensor) for v in kwargs.values()):
-                raise ModelError(
-                    f"layer '{name}' was called with keyword tensors {sorted(kwargs)}; "
-                    "pass them by position, so that clipping sees them"
-                )
+            _check_arguments(name, layer, args, kwargs)
             for parameter in trained:
                 parameter.requires_grad_(False)
 
         def after(
             _module: nn.Module, args: tuple[Any, ...], _kwargs: dict[str, Any], output: Any
         ) -> Any:
-            if self._paused:
+            if self._paused or not self._model.training:
                 return output
             for parameter in trained:
                 parameter.requires_grad_(True)
@@ -140,7 +161,11 @@ class DenseRecorder:
             call = _Call(tuple(x.detach() for x in args if isinstance(x, Tensor)))
             self._calls.setdefault(name, []).append(call)
             if isinstance(output, tuple):
-                return (_Tap.apply(output[0], self._anchor, call), *output[1:])
+                others = (
+                    _Untapped.apply(o, self._anchor, name) if isinstance(o, Tensor) else o
+                    for o in output[1:]
+                )
+                return (_Tap.apply(output[0], self._anchor, call), *others)
             return _Tap.apply(output, self._anchor, call)
 
         self._handles.append(layer.register_forward_pre_hook(before, with_kwargs=True))
@@ -155,6 +180,11 @@ class DenseRecorder:
         """Whether a forward was recorded since the last step."""
         return bool(self._calls)
 
+    @property
+    def has_gradients(self) -> bool:
+        """Whether a backward reached a recorded forward."""
+        return any(c.delta is not None for calls in self._calls.values() for c in calls)
+
     def detach(self) -> None:
         """Takes the hooks off the model."""
         for handle in self._handles:
@@ -166,6 +196,11 @@ class DenseRecorder:
         for call in self._calls.get(name, []):
             if call.delta is None:
                 continue
+            if call.overwritten:
+                raise ModelError(
+                    f"layer '{name}': its input was changed in place after the layer had read it, "
+                    "so its gradient cannot be computed. Replace the in-place operation."
+                )
             for value in (call.delta, *call.inputs[:1]):
                 if value.dim() < 2 or value.shape[0] != batch:
                     raise ModelError(
@@ -224,9 +259,58 @@ class DenseRecorder:
             self._paused = False
 
 
+def _refuse_batch_norm(model: nn.Module, skip: tuple[nn.Module, ...]) -> None:
+    """Batch normalisation mixes examples whether its parameters are trained or not."""
+    inside = {id(m) for s in skip for m in s.modules()}
+    for name, module in model.named_modules():
+        if isinstance(module, nn.modules.batchnorm._BatchNorm) and id(module) not in inside:
+            raise ModelError(
+                f"layer '{name or type(module).__name__}' ({type(module).__name__}) mixes the "
+                "examples of a batch, so no clipping rule can exist: use LayerNorm or GroupNorm."
+            )
+
+
+_ATTENTION_ARGUMENTS = (
+    "key_padding_mask",
+    "need_weights",
+    "attn_mask",
+    "average_attn_weights",
+    "is_causal",
+)
+
+
+def _check_arguments(
+    name: str, layer: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]
+) -> None:
+    """Refuses what the rules would not see when they run a layer again: all but plain tensors."""
+    if any(isinstance(v, Tensor) for v in kwargs.values()):
+        raise ModelError(
+            f"layer '{name}' was called with keyword tensors {sorted(kwargs)}; "
+            "pass them by position, so that clipping sees them"
+        )
+    options = {k: v for k, v in kwargs.items() if v is not None and v is not False}
+    if isinstance(layer, nn.MultiheadAttention):
+        given = zip(_ATTENTION_ARGUMENTS, args[3:], strict=False)
+        options |= {k: v for k, v in given if v is not None and v is not False}
+        # The form of the weights does not touch the first output; a padding mask by position is
+        # per example, like the others.
+        for harmless in ("need_weights", "average_attn_weights"):
+            options.pop(harmless, None)
+        mask = options.pop("key_padding_mask", None)
+        args = (*args[:3], mask) if mask is not None else args[:3]
+        if layer.dropout > 0.0 and layer.training:
+            raise ModelError(
+                f"layer '{name}': MultiheadAttention with dropout draws anew when clipping runs "
+                "it again; set its dropout to 0 and put nn.Dropout after it"
+            )
+    if options or not all(isinstance(a, Tensor) for a in args):
+        raise ModelError(
+            f"layer '{name}' was called with arguments that clipping does not see "
+            f"({', '.join(options) or 'not tensors'}); call it with tensors only"
+        )
+
+
 def _remedy(module: nn.Module) -> str:
-    if isinstance(module, nn.modules.batchnorm._BatchNorm):
-        return "It mixes the examples of a batch, so no rule can exist: use LayerNorm or GroupNorm."
     if isinstance(module, nn.Embedding | nn.EmbeddingBag):
         return (
             "Use torchrec's EmbeddingCollection or EmbeddingBagCollection for it: tables are "

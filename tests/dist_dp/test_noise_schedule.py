@@ -99,6 +99,11 @@ def test_rates_beyond_double_double(weight_decay: float) -> None:
     end = len(rates)
     pairs = [(s, end) for s in (0, 499, 500, 501, 1000, 1004, 1005, 1007, 1008, end - 1)]
     check(schedule, exact, [*pairs, (1005, 1008), (600, 601), (600, 900), (1000, 1001)])
+    rows = torch.arange(end)
+    together = schedule.decay_and_scale(rows, end)[1]
+    for start in range(0, end, 7):
+        alone = schedule.decay_and_scale(rows[start : start + 1], end)[1]
+        assert torch.equal(together[start : start + 1], alone)
 
 
 @pytest.mark.parametrize(

@@ -1,0 +1,172 @@
+"""The central accountant: one detached Ray actor for each ledger, and a plain client for it.
+
+The actor runs on the node where it was started, because the ledger is a file of that node. It
+keeps nothing in memory that is not on the disk: when its process dies, Ray starts it again and it
+reads the ledger anew.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import os
+import time
+from pathlib import Path
+from typing import Any
+
+from dist_dp.accountant import READING, WRITING, Accountant
+from dist_dp.errors import DistDpError, LedgerError
+from dist_dp.ledger import Ledger
+
+NAMESPACE = "dist-dp"
+_NAME = "dist-dp-accountant"
+_PAUSE_S = 0.2
+
+
+class AccountantActor:
+    """What runs inside the actor: the methods of one `Ledger`, by name.
+
+    Args:
+        ledger_path: the ledger on this node. It is opened at the first call, so that a damaged
+            file is an error of that call and not of the actor's start.
+    """
+
+    def __init__(self, ledger_path: str) -> None:
+        self._path = Path(ledger_path)
+        self._ledger: Ledger | None = None
+
+    def call(self, method: str, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
+        """Call one of the ledger's methods."""
+        if method not in WRITING | READING:
+            raise LedgerError(f"the accountant has no method {method!r}")
+        if self._ledger is None:
+            self._ledger = Ledger(self._path)
+        return getattr(self._ledger, method)(*args, **kwargs)
+
+    def pid(self) -> int:
+        """Return the process of the actor."""
+        return os.getpid()
+
+
+class AccountantClient(Accountant):
+    """A plain, synchronous face of the central accountant, for the driver and for workers.
+
+    It may be sent to workers. Errors of the ledger come out as they went in; a call that finds the
+    accountant restarting is repeated with the same request id, so nothing is charged twice.
+
+    Guarantee:
+        What a call returned is on the ledger's disk. A call that fails may have been charged
+        (the safe side), never the other way round.
+
+    Args:
+        ledger_path: the ledger that the accountant serves, as given to `start_accountant`.
+        timeout_s: how long to wait for an answer, restarts included.
+    """
+
+    def __init__(self, ledger_path: Path | str, *, timeout_s: float = 120.0) -> None:
+        self.ledger_path = _resolved(ledger_path)
+        self.timeout_s = timeout_s
+        self._handle: Any = None
+
+    def __getstate__(self) -> dict[str, Any]:
+        return {**self.__dict__, "_handle": None}
+
+    def pid(self) -> int:
+        """Return the process of the accountant, on its node."""
+        return int(self._ask("pid"))
+
+    def _call(self, method: str, *args: Any, **kwargs: Any) -> Any:
+        return self._ask("call", method, args, kwargs)
+
+    def _ask(self, remote_method: str, *args: Any) -> Any:
+        import ray
+        from ray.exceptions import (
+            ActorDiedError,
+            ActorUnavailableError,
+            GetTimeoutError,
+            RayTaskError,
+        )
+
+        deadline = time.monotonic() + self.timeout_s
+        while True:
+            try:
+                handle = self._find()
+                reply = getattr(handle, remote_method).remote(*args)
+                return ray.get(reply, timeout=max(0.0, deadline - time.monotonic()))
+            except RayTaskError as error:
+                if isinstance(error.cause, DistDpError):
+                    raise error.cause from None
+                raise
+            except ActorUnavailableError as error:
+                self._handle = None
+                if time.monotonic() > deadline:
+                    raise self._no_answer() from error
+                time.sleep(_PAUSE_S)
+            except GetTimeoutError as error:
+                raise self._no_answer() from error
+            except ActorDiedError as error:
+                raise LedgerError(
+                    f"the accountant of ledger {self.ledger_path} has ended for good (its node is "
+                    "lost, or it was stopped); what it acknowledged is in the ledger: start the "
+                    "run again"
+                ) from error
+
+    def _find(self) -> Any:
+        import ray
+
+        if self._handle is None:
+            try:
+                self._handle = ray.get_actor(_actor_name(self.ledger_path), NAMESPACE)
+            except ValueError as error:
+                raise LedgerError(
+                    f"no accountant runs for ledger {self.ledger_path} in this cluster: start one "
+                    "from the driver first"
+                ) from error
+        return self._handle
+
+    def _no_answer(self) -> LedgerError:
+        return LedgerError(
+            f"the accountant of ledger {self.ledger_path} gave no answer in {self.timeout_s:g} s: "
+            "see that its node is up and has memory left, then start the run again (the last "
+            "lease may be charged)"
+        )
+
+
+def start_accountant(ledger_path: Path | str, *, timeout_s: float = 120.0) -> AccountantClient:
+    """Start the accountant of a ledger on this node, or find the one that runs already.
+
+    There is at most one for a ledger path in a cluster, whoever asks first; it outlives the job
+    that started it. Ray must be initialised.
+
+    Args:
+        ledger_path: the ledger, on a local disk of this node.
+        timeout_s: how long the client waits for an answer.
+
+    Raises:
+        LedgerError: the ledger cannot be opened, or the accountant does not answer.
+    """
+    import ray
+    from ray.util.scheduling_strategies import NodeAffinitySchedulingStrategy
+
+    path = _resolved(ledger_path)
+    here = NodeAffinitySchedulingStrategy(ray.get_runtime_context().get_node_id(), soft=False)
+    ray.remote(AccountantActor).options(
+        name=_actor_name(path),
+        namespace=NAMESPACE,
+        lifetime="detached",
+        get_if_exists=True,
+        num_cpus=0,
+        max_restarts=-1,
+        max_task_retries=-1,
+        scheduling_strategy=here,
+    ).remote(str(path))
+    client = AccountantClient(path, timeout_s=timeout_s)
+    client.datasets()  # A ledger that cannot be opened is an error now, not in mid-training.
+    return client
+
+
+def _resolved(path: Path | str) -> Path:
+    return Path(path).expanduser().resolve()
+
+
+def _actor_name(path: Path) -> str:
+    return f"{_NAME}-{hashlib.sha256(os.fsencode(path)).hexdigest()[:16]}"

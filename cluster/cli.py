@@ -1,0 +1,341 @@
+"""The command line. Heavy imports happen inside the commands: --help is quick."""
+
+from __future__ import annotations
+
+import json
+import sys
+from collections.abc import Callable
+from functools import wraps
+from pathlib import Path
+from typing import Annotated, Any, TypeVar
+
+import typer
+
+app = typer.Typer(
+    help="Private training of recommenders with sharded embedding tables.",
+    no_args_is_help=True,
+    add_completion=False,
+    pretty_exceptions_enable=False,
+)
+budget_app = typer.Typer(help="Look at and set the privacy budgets in the ledger.")
+app.add_typer(budget_app, name="budget", no_args_is_help=True)
+
+Command = TypeVar("Command", bound=Callable[..., Any])
+
+ConfigOption = Annotated[
+    Path | None, typer.Option("--config", "-c", help="YAML file; see examples/.")
+]
+DataOption = Annotated[
+    str | None, typer.Option("--data", "-d", help="File, folder or converted store.")
+]
+EpsilonOption = Annotated[float | None, typer.Option(help="Target ε of the run.")]
+DeltaOption = Annotated[float | None, typer.Option(help="δ; by default 0.1 / records.")]
+WorkersOption = Annotated[int | None, typer.Option(help="Number of Ray workers.")]
+SetOption = Annotated[
+    list[str] | None, typer.Option("--set", "-s", help="Any setting, as KEY=VALUE; repeatable.")
+]
+VerboseOption = Annotated[bool, typer.Option("--verbose", help="Show the libraries' logs.")]
+LedgerOption = Annotated[
+    Path | None, typer.Option(help="Path of the ledger; by default one place per user.")
+]
+
+
+def _readable_errors(command: Command) -> Command:
+    """Our errors as one message and exit status 1; Ctrl-C as 130."""
+
+    @wraps(command)
+    def wrapped(*args: Any, **kwargs: Any) -> Any:
+        from dist_dp.errors import DistDpError
+
+        try:
+            return command(*args, **kwargs)
+        except DistDpError as error:
+            if kwargs.get("verbose"):
+                raise
+            _say(f"error: {error}")
+            raise typer.Exit(1) from None
+        except KeyboardInterrupt:
+            _say("aborted; what was leased and not settled stays charged in the ledger")
+            raise typer.Exit(130) from None
+
+    return wrapped  # type: ignore[return-value]
+
+
+def _say(text: str) -> None:
+    print(text, file=sys.stderr)
+
+
+def _config(
+    config: Path | None,
+    data: str | None,
+    epsilon: float | None,
+    delta: float | None,
+    num_workers: int | None,
+    settings: list[str] | None,
+    **more: Any,
+) -> Any:
+    from dist_dp.cluster.config import load_config, parse_overrides
+
+    overrides: dict[str, Any] = {
+        "data.path": data,
+        "privacy.epsilon": epsilon,
+        "privacy.delta": delta,
+        "cluster.num_workers": num_workers,
+        **more,
+        **parse_overrides(settings or []),
+    }
+    return load_config(config, overrides)
+
+
+@app.command()
+@_readable_errors
+def train(
+    config: ConfigOption = None,
+    data: DataOption = None,
+    epsilon: EpsilonOption = None,
+    delta: DeltaOption = None,
+    num_workers: WorkersOption = None,
+    address: Annotated[
+        str | None, typer.Option(help="Running Ray cluster; by default one is started here.")
+    ] = None,
+    name: Annotated[str | None, typer.Option(help="Name of the run.")] = None,
+    output: Annotated[str | None, typer.Option(help="Folder of all runs.")] = None,
+    skip_bad_rows: Annotated[
+        bool, typer.Option("--skip-bad-rows", help="Count and leave out bad rows.")
+    ] = False,
+    allow_large_delta: Annotated[
+        bool, typer.Option("--force-delta", help="Accept δ ≥ 1/records.")
+    ] = False,
+    settings: SetOption = None,
+    verbose: VerboseOption = False,
+) -> None:
+    """Train a model and release it with its privacy statement."""
+    from dist_dp.cluster.console import watched_fit
+
+    resolved = _config(
+        config,
+        data,
+        epsilon,
+        delta,
+        num_workers,
+        settings,
+        **{
+            "cluster.address": address,
+            "output.name": name,
+            "output.folder": output,
+            "data.skip_bad_rows": skip_bad_rows or None,
+            "privacy.allow_large_delta": allow_large_delta or None,
+        },
+    )
+    watched_fit(resolved, verbose=verbose)
+
+
+@app.command()
+@_readable_errors
+def plan(
+    config: ConfigOption = None,
+    data: DataOption = None,
+    num_records: Annotated[
+        int | None, typer.Option(help="Training records, to plan without the data.")
+    ] = None,
+    epsilon: EpsilonOption = None,
+    delta: DeltaOption = None,
+    num_workers: WorkersOption = None,
+    settings: SetOption = None,
+    json_output: Annotated[bool, typer.Option("--json", help="Print JSON.")] = False,
+    verbose: VerboseOption = False,
+) -> None:
+    """Show noise, steps, batch, memory and sharding before anything runs."""
+    from dist_dp.cluster.planning import make_report, print_report
+
+    resolved = _config(config, data, epsilon, delta, num_workers, settings)
+    report = make_report(resolved, num_records=num_records, verbose=verbose)
+    if json_output:
+        print(json.dumps(report, indent=2))
+    else:
+        print_report(report)
+
+
+@app.command()
+@_readable_errors
+def evaluate(
+    run: Annotated[Path, typer.Argument(help="Run folder, or a released model.")],
+    data: Annotated[str, typer.Option("--data", "-d", help="Held-out records.")],
+    batch_size: Annotated[int, typer.Option(help="Examples at a time.")] = 8192,
+    skip_bad_rows: Annotated[
+        bool, typer.Option("--skip-bad-rows", help="Count and leave out bad rows.")
+    ] = False,
+    json_output: Annotated[bool, typer.Option("--json", help="Print JSON.")] = False,
+    verbose: VerboseOption = False,
+) -> None:
+    """Evaluate a released model on held-out records."""
+    from dist_dp.cluster.serving import evaluate_release, print_metrics
+
+    metrics = evaluate_release(
+        run, data, batch_size=batch_size, skip_bad_rows=skip_bad_rows, verbose=verbose
+    )
+    if json_output:
+        print(json.dumps(metrics, indent=2))
+    else:
+        print_metrics(metrics)
+
+
+@app.command()
+@_readable_errors
+def predict(
+    run: Annotated[Path, typer.Argument(help="Run folder, or a released model.")],
+    data: Annotated[str, typer.Option("--data", "-d", help="Records in the training format.")],
+    out: Annotated[Path, typer.Option("--out", "-o", help="Parquet file to write.")],
+    batch_size: Annotated[int, typer.Option(help="Examples at a time.")] = 8192,
+    verbose: VerboseOption = False,
+) -> None:
+    """Write a released model's predictions, in the order of the records."""
+    from dist_dp.cluster.serving import predict_release
+
+    count = predict_release(run, data, out, batch_size=batch_size, verbose=verbose)
+    print(f"{count:,} predictions in {out}")
+
+
+@app.command()
+@_readable_errors
+def export(
+    run: Annotated[Path, typer.Argument(help="Run folder.")],
+    to: Annotated[Path, typer.Option("--to", help="Folder to create.")],
+) -> None:
+    """Copy a run's released model, checked file by file."""
+    from dist_dp.cluster.serving import export_release
+
+    folder = export_release(run, to)
+    print(f"released model in {folder} (start with {folder / 'MODEL_CARD.md'})")
+
+
+@app.command()
+@_readable_errors
+def convert(
+    source: Annotated[Path, typer.Argument(help="File or folder of raw records.")],
+    to: Annotated[Path, typer.Option("--to", help="Folder of the store to create.")],
+    config: ConfigOption = None,
+    format_name: Annotated[str, typer.Option("--format", help="Format of the source.")] = "auto",
+    skip_bad_rows: Annotated[
+        bool, typer.Option("--skip-bad-rows", help="Count and leave out bad rows.")
+    ] = False,
+) -> None:
+    """Convert raw records to memory-mapped Arrow, once."""
+    from dist_dp.cluster.config import DataConfig, load_config
+    from dist_dp.datasets.convert import convert as convert_data
+
+    data = load_config(config).data if config else DataConfig()
+    manifest = convert_data(
+        source,
+        to,
+        format=format_name if format_name != "auto" else data.format,
+        schema=data.columns,
+        split={name: share for name, share in data.split.items() if share > 0},
+        split_seed=data.split_seed,
+        skip_bad_rows=skip_bad_rows or data.skip_bad_rows,
+    )
+    rows = ", ".join(f"{name} {info.rows:,}" for name, info in manifest.splits.items())
+    print(f"{to}: {rows}")
+    if manifest.skipped_rows:
+        print(f"left out: {manifest.skipped_rows}")
+
+
+@app.command()
+@_readable_errors
+def generate(
+    out: Annotated[Path, typer.Argument(help="TSV file to write, in Criteo's layout.")],
+    records: Annotated[int, typer.Option(help="Number of records.")] = 100_000,
+    seed: Annotated[int, typer.Option(help="Seed of records and truth.")] = 0,
+) -> None:
+    """Generate click logs with a planted truth whose best AUC is known."""
+    from dist_dp.datasets.synthetic import write_criteo_like
+
+    truth = write_criteo_like(out, records, seed=seed)
+    print(
+        f"{out}: {records:,} records, click rate {truth['click_rate']:.3f}, best possible AUC "
+        f"{truth['best_auc']:.4f}"
+    )
+
+
+@app.command()
+@_readable_errors
+def epsilon(
+    noise_multiplier: Annotated[float | None, typer.Option(help="σ; or give --epsilon.")] = None,
+    target_epsilon: Annotated[float | None, typer.Option("--epsilon", help="Target ε.")] = None,
+    delta: Annotated[float, typer.Option(help="δ.")] = 1e-6,
+    sample_rate: Annotated[float | None, typer.Option(help="Sampling probability.")] = None,
+    records: Annotated[int | None, typer.Option(help="Records, with --batch-size.")] = None,
+    batch_size: Annotated[float | None, typer.Option(help="Expected batch size.")] = None,
+    steps: Annotated[int, typer.Option(help="Steps.")] = 1,
+    accountant: Annotated[str, typer.Option(help="pld or rdp.")] = "pld",
+) -> None:
+    """Compute ε from σ, or σ from ε, for Poisson-sampled DP-SGD."""
+    from dist_dp.accounting import GaussianEvent, calibrate_noise_multiplier, epsilon_of
+    from dist_dp.errors import ConfigError
+
+    if sample_rate is None:
+        if not records or not batch_size:
+            raise ConfigError("give --sample-rate, or --records and --batch-size")
+        sample_rate = batch_size / records
+    if accountant not in ("pld", "rdp"):
+        raise ConfigError(f"--accountant {accountant}: choose pld or rdp")
+    if (noise_multiplier is None) == (target_epsilon is None):
+        raise ConfigError("give either --noise-multiplier or --epsilon")
+    if noise_multiplier is None:
+        assert target_epsilon is not None
+        noise_multiplier = calibrate_noise_multiplier(
+            target_epsilon, delta, sample_rate, steps, accountant
+        )
+    spent = epsilon_of(
+        {GaussianEvent(noise_multiplier, sample_rate): steps}, delta, accountant=accountant
+    )
+    print(
+        f"noise multiplier {noise_multiplier:.6g}, sample rate {sample_rate:.6g}, {steps} steps: "
+        f"ε = {spent:.6g} at δ = {delta:g} ({accountant.upper()})"
+    )
+
+
+@budget_app.command("show")
+@_readable_errors
+def budget_show(
+    dataset: Annotated[str | None, typer.Argument(help="Data set; all by default.")] = None,
+    ledger: LedgerOption = None,
+) -> None:
+    """Show what each data set has spent, and on what."""
+    from dist_dp.cluster.budget import show
+
+    show(ledger, dataset)
+
+
+@budget_app.command("set")
+@_readable_errors
+def budget_set(
+    dataset: Annotated[str, typer.Argument(help="Data set.")],
+    epsilon: Annotated[float, typer.Option(help="New total ε.")],
+    reason: Annotated[str, typer.Option(help="Why; it is kept in the ledger.")],
+    delta: Annotated[float | None, typer.Option(help="New total δ.")] = None,
+    ledger: LedgerOption = None,
+) -> None:
+    """Change the total budget of a data set; the change is recorded."""
+    from dist_dp.cluster.budget import change
+
+    change(ledger, dataset, epsilon, delta, reason)
+
+
+@app.command()
+@_readable_errors
+def demo(
+    output: Annotated[Path, typer.Option(help="Folder for data, ledger and runs.")] = Path("runs"),
+    records: Annotated[int, typer.Option(help="Records to generate.")] = 60_000,
+    workers: Annotated[int, typer.Option(help="Ray workers.")] = 2,
+    verbose: VerboseOption = False,
+) -> None:
+    """Generate click logs and train on them privately, on local Ray workers."""
+    from dist_dp.cluster.demo import run_demo
+
+    run_demo(output, records=records, workers=workers, verbose=verbose)
+
+
+def main() -> None:
+    """Entry point."""
+    app()

@@ -1,0 +1,375 @@
+"""The configuration of a run: typed, validated, from YAML with overrides on the command line."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Annotated, Any, Literal, get_args
+
+import yaml
+from pydantic import BaseModel, ConfigDict, Field, ValidationError, field_validator, model_validator
+
+from dist_dp.datasets.schema import DataSchema
+from dist_dp.errors import ConfigError
+from dist_dp.schedules import ScheduleConfig
+from dist_dp.sharding import ShardingKind
+
+
+class _Section(BaseModel):
+    model_config = ConfigDict(extra="forbid", frozen=True, allow_inf_nan=False)
+
+
+Fraction = Annotated[float, Field(ge=0, le=1)]
+
+
+class DataConfig(_Section):
+    """Which records, how they are read and split.
+
+    Attributes:
+        path: File or folder of the source, or a store that was converted before.
+        name: Name of the data set in the privacy ledger; by default the source's file name.
+            Runs on the same records must use the same name: they share its budget.
+        format: ``auto``, ``criteo``, ``movielens-100k``, ``movielens-1m`` or ``parquet``.
+        columns: Label and features; needed for Parquet, else the format's own.
+        num_embeddings: Rows by table name.
+        max_num_embeddings: Cap on the rows of every hashed table.
+        split: Fractions of train, valid and test.
+        split_seed: Seed of the split.
+        skip_bad_rows: Count bad rows and leave them out, instead of an error.
+        store: Folder of the converted data; by default beside the runs.
+    """
+
+    path: str | None = None
+    name: Annotated[str, Field(min_length=1)] | None = None
+    format: Literal["auto", "criteo", "movielens-100k", "movielens-1m", "parquet"] = "auto"
+    columns: DataSchema | None = None
+    num_embeddings: dict[str, Annotated[int, Field(ge=1)]] = {}
+    max_num_embeddings: Annotated[int, Field(ge=1)] | None = None
+    split: dict[Literal["train", "valid", "test"], Fraction] = {
+        "train": 0.8,
+        "valid": 0.1,
+        "test": 0.1,
+    }
+    split_seed: Annotated[int, Field(ge=0)] = 0
+    skip_bad_rows: bool = False
+    store: str | None = None
+
+    @model_validator(mode="after")
+    def _check(self) -> DataConfig:
+        if abs(sum(self.split.values()) - 1) > 1e-9 or not self.split.get("train"):
+            raise ValueError("split: fractions must sum to 1, with train above 0")
+        if self.format == "parquet" and self.columns is None:
+            raise ValueError("columns: Parquet has no schema of its own; declare label and sparse")
+        return self
+
+
+class ModelConfig(_Section):
+    """The model: TorchRec's DLRM, or a factory of your own.
+
+    Attributes:
+        name: ``dlrm``, ``dlrm_dcn`` or ``custom``.
+        factory: For ``custom``: ``module:function``; called with the data schema and
+            ``factory_args``, returns a module with ``forward(dense_features, sparse_features)``
+            that gives logits, float ``[batch]`` or ``[batch, 1]``.
+        factory_args: Keyword arguments of the factory.
+        embedding_dim: Columns of every table.
+        dense_arch: Layer sizes of the bottom MLP; the last must be ``embedding_dim``.
+        over_arch: Layer sizes of the top MLP; the last must be 1.
+        dcn_layers: Cross layers of ``dlrm_dcn``.
+        dcn_low_rank_dim: Their rank.
+        sharding: One kind for all tables, or a kind by table name (others ``auto``).
+    """
+
+    name: Literal["dlrm", "dlrm_dcn", "custom"] = "dlrm"
+    factory: str | None = None
+    factory_args: dict[str, Any] = {}
+    embedding_dim: Annotated[int, Field(ge=4, multiple_of=4)] = 16
+    dense_arch: Annotated[tuple[int, ...], Field(min_length=1)] = (64, 16)
+    over_arch: Annotated[tuple[int, ...], Field(min_length=1)] = (64, 32, 1)
+    dcn_layers: Annotated[int, Field(ge=1)] = 3
+    dcn_low_rank_dim: Annotated[int, Field(ge=1)] = 32
+    sharding: ShardingKind | dict[str, ShardingKind] = "auto"
+
+    @model_validator(mode="after")
+    def _check(self) -> ModelConfig:
+        if (self.name == "custom") != (self.factory is not None):
+            raise ValueError("factory: goes with name 'custom', and name 'custom' needs it")
+        if self.name != "custom" and self.dense_arch[-1] != self.embedding_dim:
+            raise ValueError(
+                f"dense_arch: its last size {self.dense_arch[-1]} must equal embedding_dim "
+                f"{self.embedding_dim}"
+            )
+        if self.name != "custom" and self.over_arch[-1] != 1:
+            raise ValueError(f"over_arch: its last size must be 1, not {self.over_arch[-1]}")
+        if self.factory is not None and self.factory.count(":") != 1:
+            raise ValueError(f"factory: '{self.factory}' is not of the form module:function")
+        return self
+
+
+class BudgetConfig(_Section):
+    """The total that a data set may ever spend, over all runs that name it."""
+
+    epsilon: Annotated[float, Field(gt=0)]
+    delta: Annotated[float, Field(gt=0, lt=1)]
+
+
+class PrivacyConfig(_Section):
+    """The guarantee.
+
+    Attributes:
+        mechanism: ``lazydp``, ``dpsgd`` or ``none``.
+        epsilon: Target ε; the noise is calibrated to it. Or give ``noise_multiplier``.
+        delta: δ; by default 0.1 / number of training records.
+        noise_multiplier: σ, instead of ``epsilon``.
+        max_grad_norm: Clip norm C over all parameters together.
+        accountant: ``pld`` (tight) or ``rdp`` (for comparison).
+        allow_large_delta: Accept δ ≥ 1 / number of records all the same.
+        dataset_budget: Total of the data set, if the ledger does not know it yet; by default
+            what this run will spend.
+        ledger: Path of the ledger; by default one place per user.
+        seed: Fixed secret, for tests. It marks the run as not private.
+    """
+
+    mechanism: Literal["none", "dpsgd", "lazydp"] = "lazydp"
+    epsilon: float | None = None
+    delta: float | None = None
+    noise_multiplier: Annotated[float, Field(gt=0)] | None = None
+    max_grad_norm: Annotated[float, Field(gt=0)] = 1.0
+    accountant: Literal["pld", "rdp"] = "pld"
+    allow_large_delta: bool = False
+    dataset_budget: BudgetConfig | None = None
+    ledger: str | None = None
+    seed: int | None = None
+
+    @field_validator("epsilon")
+    @classmethod
+    def _positive(cls, value: float | None) -> float | None:
+        if value is not None and value <= 0:
+            raise ValueError(f"must be above 0, not {value:g}")
+        return value
+
+    @field_validator("delta")
+    @classmethod
+    def _probability(cls, value: float | None) -> float | None:
+        if value is not None and not 0 < value < 1:
+            raise ValueError(f"must lie between 0 and 1, not {value:g}")
+        return value
+
+    @model_validator(mode="after")
+    def _check(self) -> PrivacyConfig:
+        if self.mechanism == "none":
+            if self.epsilon is not None or self.noise_multiplier is not None:
+                raise ValueError(
+                    "mechanism: 'none' gives no privacy; remove epsilon and noise_multiplier, or "
+                    "choose lazydp"
+                )
+        elif (self.epsilon is None) == (self.noise_multiplier is None):
+            raise ValueError("epsilon: give either epsilon or noise_multiplier")
+        return self
+
+
+class TrainConfig(_Section):
+    """Steps, batches and optimizers.
+
+    Attributes:
+        epochs: Expected passes over the training records; or give ``steps``.
+        steps: Number of steps.
+        expected_batch_size: Mean Poisson batch, over all workers.
+        learning_rate: Schedule of the tables; a number is a constant rate.
+        dense_learning_rate: Schedule of the dense layers; by default the tables'.
+        table_optimizer: ``sgd``; with mechanism ``none`` also ``adagrad``, ``rowwise_adagrad``.
+        dense_optimizer: ``sgd``, ``adagrad`` or ``adam``.
+        weight_decay: Of tables and dense layers.
+        evaluate_every: Steps between evaluations on the valid split; 0 for none.
+        log_every: Steps between lines of the metrics table.
+        lease_steps: Steps charged to the ledger at a time.
+    """
+
+    epochs: Annotated[float, Field(gt=0)] | None = None
+    steps: Annotated[int, Field(ge=1)] | None = None
+    expected_batch_size: Annotated[float, Field(gt=0)] = 1024
+    learning_rate: ScheduleConfig = ScheduleConfig(base=0.1)
+    dense_learning_rate: ScheduleConfig | None = None
+    table_optimizer: Literal["sgd", "adagrad", "rowwise_adagrad"] = "sgd"
+    dense_optimizer: Literal["sgd", "adagrad", "adam"] = "sgd"
+    weight_decay: Annotated[float, Field(ge=0)] = 0.0
+    evaluate_every: Annotated[int, Field(ge=0)] = 0
+    log_every: Annotated[int, Field(ge=1)] = 1
+    lease_steps: Annotated[int, Field(ge=1)] = 50
+
+    @field_validator("learning_rate", "dense_learning_rate", mode="before")
+    @classmethod
+    def _constant(cls, value: Any) -> Any:
+        return {"base": value} if isinstance(value, int | float) else value
+
+    @model_validator(mode="after")
+    def _check(self) -> TrainConfig:
+        if (self.epochs is None) == (self.steps is None):
+            raise ValueError("epochs: give either epochs or steps")
+        if self.weight_decay and self.table_optimizer != "sgd":
+            raise ValueError(
+                f"weight_decay: not supported with table_optimizer '{self.table_optimizer}'; "
+                "use sgd, or 0"
+            )
+        if self.learning_rate.base * self.weight_decay >= 1:
+            raise ValueError("weight_decay: times the learning rate it must stay below 1")
+        return self
+
+
+class ClusterConfig(_Section):
+    """Where it runs.
+
+    Attributes:
+        num_workers: Workers; each holds a part of every row-wise table and of the records.
+        address: A running Ray cluster (``auto``, ``ray://…`` or host:port); by default one is
+            started on this machine.
+        use_gpu: A GPU for each worker; by default if this machine has that many.
+        cpus_per_worker: CPUs that Ray reserves for each worker.
+        threads_per_worker: Threads of PyTorch in each worker; by default a fair share.
+    """
+
+    num_workers: Annotated[int, Field(ge=1)] = 1
+    address: str | None = None
+    use_gpu: bool | None = None
+    cpus_per_worker: Annotated[float, Field(gt=0)] = 1
+    threads_per_worker: Annotated[int, Field(ge=1)] | None = None
+
+
+class OutputConfig(_Section):
+    """Where the run's folder goes.
+
+    Attributes:
+        folder: Folder of all runs.
+        name: Name of the run; by default data set and time.
+        tensorboard: Also write TensorBoard events.
+    """
+
+    folder: str = "runs"
+    name: Annotated[str, Field(pattern=r"^[A-Za-z0-9][A-Za-z0-9._-]*$")] | None = None
+    tensorboard: bool = True
+
+
+class RunConfig(_Section):
+    """Everything about a run."""
+
+    data: DataConfig = DataConfig()
+    model: ModelConfig = ModelConfig()
+    privacy: PrivacyConfig
+    train: TrainConfig
+    cluster: ClusterConfig = ClusterConfig()
+    output: OutputConfig = OutputConfig()
+
+    @model_validator(mode="after")
+    def _check(self) -> RunConfig:
+        if self.privacy.mechanism != "none" and self.train.table_optimizer != "sgd":
+            raise ValueError(
+                f"train.table_optimizer: mechanism '{self.privacy.mechanism}' cannot serve "
+                f"'{self.train.table_optimizer}', whose update is not linear in the noise; use "
+                "sgd for the tables (dense layers may use any optimizer), or mechanism none"
+            )
+        return self
+
+    def to_yaml(self) -> str:
+        """The resolved configuration."""
+        return yaml.safe_dump(self.model_dump(mode="json"), sort_keys=False, allow_unicode=True)
+
+
+def load_config(path: str | Path | None, overrides: Mapping[str, Any] | None = None) -> RunConfig:
+    """Reads a YAML file and applies overrides.
+
+    Args:
+        path: The file; None starts from nothing.
+        overrides: Values by dotted key (``privacy.epsilon``); None values are left out.
+
+    Returns:
+        The validated configuration.
+
+    Raises:
+        ConfigError: Unreadable file, unknown key, wrong type, or impossible combination.
+    """
+    values: Any = {}
+    if path is not None:
+        try:
+            values = yaml.safe_load(Path(path).read_text(encoding="utf-8")) or {}
+        except OSError as error:
+            raise ConfigError(
+                f"cannot read the configuration '{path}': {error.strerror}"
+            ) from None
+        except yaml.YAMLError as error:
+            raise ConfigError(f"'{path}' is no valid YAML: {error}") from None
+        if not isinstance(values, dict):
+            raise ConfigError(f"'{path}' must hold keys and values at its top level")
+    for key, value in (overrides or {}).items():
+        if value is not None:
+            _put(values, key, value)
+    return parse_config(values, source=str(path) if path else "the command line")
+
+
+def parse_config(values: Mapping[str, Any], source: str = "configuration") -> RunConfig:
+    """Validates a configuration of simple types.
+
+    Raises:
+        ConfigError: Names the key and the remedy.
+    """
+    try:
+        return RunConfig.model_validate(values)
+    except ValidationError as error:
+        raise ConfigError(f"{source}: " + "; ".join(_explain(e) for e in error.errors())) from None
+
+
+def parse_overrides(pairs: Sequence[str]) -> dict[str, Any]:
+    """``["train.steps=10", …]`` to values by dotted key; values are YAML.
+
+    Raises:
+        ConfigError: Not of the form KEY=VALUE.
+    """
+    result: dict[str, Any] = {}
+    for pair in pairs:
+        key, equals, value = pair.partition("=")
+        if not equals or not key:
+            raise ConfigError(f"--set {pair}: write KEY=VALUE, for instance train.steps=100")
+        try:
+            result[key.strip()] = yaml.safe_load(value)
+        except yaml.YAMLError:
+            raise ConfigError(f"--set {pair}: the value is no valid YAML") from None
+    return result
+
+
+def _put(values: dict[str, Any], dotted: str, value: Any) -> None:
+    *parents, last = dotted.split(".")
+    for parent in parents:
+        inner = values.get(parent)
+        if not isinstance(inner, dict):
+            inner = values[parent] = {}
+        values = inner
+    values[last] = value
+
+
+def _known_keys(location: Sequence[Any]) -> list[str]:
+    """Keys that are allowed beside an unknown one."""
+    kind: Any = RunConfig
+    for part in location:
+        field = getattr(kind, "model_fields", {}).get(part)
+        if field is None:
+            return []
+        kinds = [field.annotation, *get_args(field.annotation)]
+        kind = next(
+            (k for k in kinds if isinstance(k, type) and issubclass(k, BaseModel)), None
+        )
+    return list(getattr(kind, "model_fields", {}))
+
+
+def _explain(error: Any) -> str:
+    location = [p for p in error["loc"] if not (isinstance(p, str) and "[" in p)]
+    key = ".".join(str(p) for p in location)
+    message = error["msg"].removeprefix("Value error, ")
+    if error["type"] == "extra_forbidden":
+        known = _known_keys(location[:-1])
+        hint = f"; known keys there: {', '.join(known)}" if known else ""
+        return f"unknown key '{key}'{hint}"
+    if error["type"] == "missing":
+        return f"'{key}' is missing; set it"
+    if error["type"] == "value_error":
+        return f"{key + '.' if key else ''}{message}"
+    given = error.get("input")
+    return f"'{key}': {message[0].lower()}{message[1:]} (got {given!r})"

@@ -1,0 +1,101 @@
+"""What the driver hands to the workers: simple types only, no secrets, no open files."""
+
+from __future__ import annotations
+
+import math
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any
+
+from dist_dp.cluster.config import RunConfig, parse_config
+from dist_dp.datasets.store import ArrowStore
+from dist_dp.datasets.schema import DataSchema
+from dist_dp.plan import PrivacyPlan
+
+VERIFY_BELOW_BYTES = 2 << 30
+"""Stores below this size are compared with their checksums at every start."""
+
+
+@dataclass(frozen=True)
+class Job:
+    """One training run.
+
+    Attributes:
+        run_name: Name of the run; also its account in the ledger.
+        run_folder: Its folder, on storage that driver and workers share.
+        store: Folder of the converted data, likewise.
+        dataset: Name of the data set in the ledger.
+        ledger: Path of the ledger, on the driver's node.
+        config: The resolved configuration.
+        columns: The data schema with the table sizes of this run.
+        plan: The privacy plan.
+        verbose: Let libraries log.
+    """
+
+    run_name: str
+    run_folder: str
+    store: str
+    dataset: str
+    ledger: str
+    config: dict[str, Any]
+    columns: dict[str, Any]
+    plan: dict[str, Any]
+    verbose: bool = False
+
+    def to_dict(self) -> dict[str, Any]:
+        """Simple types, for Ray Train."""
+        return asdict(self)
+
+    @property
+    def run_config(self) -> RunConfig:
+        """The validated configuration."""
+        return parse_config(self.config)
+
+    @property
+    def schema(self) -> DataSchema:
+        """The data schema."""
+        return DataSchema.model_validate(self.columns)
+
+    @property
+    def privacy_plan(self) -> PrivacyPlan:
+        """The privacy plan."""
+        return PrivacyPlan(**self.plan)
+
+    def open_store(self) -> ArrowStore:
+        """Opens the data, verified if it is small enough to read whole."""
+        store = ArrowStore.open(Path(self.store), schema=self.schema)
+        if store.num_bytes < VERIFY_BELOW_BYTES:
+            store = ArrowStore.open(Path(self.store), verify=True, schema=self.schema)
+        return store
+
+
+def make_plan(config: RunConfig, num_records: int) -> PrivacyPlan:
+    """The privacy plan of a configuration, calibrated.
+
+    Args:
+        config: The configuration.
+        num_records: Records of the training split.
+
+    Raises:
+        ConfigError: It does not fit the number of records.
+    """
+    privacy, train = config.privacy, config.train
+    steps = train.steps
+    if steps is None:
+        assert train.epochs is not None
+        steps = max(1, math.ceil(train.epochs * num_records / train.expected_batch_size))
+    delta = privacy.delta if privacy.delta is not None else 0.1 / max(1, num_records)
+    plan = PrivacyPlan(
+        mechanism=privacy.mechanism,
+        noise_multiplier=privacy.noise_multiplier,
+        max_grad_norm=privacy.max_grad_norm,
+        num_records=num_records,
+        expected_batch_size=train.expected_batch_size,
+        steps=steps,
+        delta=None if privacy.mechanism == "none" else delta,
+        accountant=privacy.accountant,
+        allow_large_delta=privacy.allow_large_delta,
+    )
+    if privacy.epsilon is not None:
+        plan = plan.calibrate(privacy.epsilon, delta)
+    return plan

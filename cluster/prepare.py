@@ -1,0 +1,100 @@
+"""From a configuration to a store, a schema and a plan: what happens before any worker starts."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from dist_dp.cluster.config import RunConfig
+from dist_dp.cluster.job import make_plan
+from dist_dp.datasets.convert import convert
+from dist_dp.datasets.store import ArrowStore
+from dist_dp.datasets.schema import DataSchema
+from dist_dp.errors import ConfigError, DataError
+from dist_dp.plan import PrivacyPlan
+
+
+@dataclass(frozen=True)
+class Prepared:
+    """What a run starts from.
+
+    Attributes:
+        store: The converted data.
+        schema: Features with this run's table sizes.
+        dataset: Name in the ledger.
+        plan: The calibrated privacy plan.
+    """
+
+    store: ArrowStore
+    schema: DataSchema
+    dataset: str
+    plan: PrivacyPlan
+
+
+def prepare(config: RunConfig, *, progress: bool = True) -> Prepared:
+    """Converts the data if need be, and plans.
+
+    Args:
+        config: The configuration; ``data.path`` must be set.
+        progress: Show progress bars.
+
+    Raises:
+        ConfigError: Something does not fit together.
+        DataError: The data cannot be used.
+    """
+    store, schema = open_data(config, progress=progress)
+    records = len(store.split("train")) if "train" in store.split_names() else 0
+    if records == 0:
+        raise DataError(
+            f"{store.path}: the train split is empty; give more data, or another data.split"
+        )
+    dataset = config.data.name or _stem(config)
+    return Prepared(store, schema, dataset, make_plan(config, records))
+
+
+def open_data(config: RunConfig, *, progress: bool = True) -> tuple[ArrowStore, DataSchema]:
+    """Opens ``data.path``, converting it once, with the table sizes of the configuration."""
+    data = config.data
+    if data.path is None:
+        raise ConfigError("data.path is missing: give --data FILE, or set it in the configuration")
+    source = Path(data.path)
+    sizes: dict[str, Any] = {
+        "overrides": data.num_embeddings,
+        "maximum": data.max_num_embeddings,
+    }
+    if (source / "manifest.json").is_file():
+        store = ArrowStore.open(source)
+        return store, store.schema.with_num_embeddings(**sizes)
+    destination = Path(data.store) if data.store else _default_store(config, source)
+    split = {name: share for name, share in data.split.items() if share > 0}
+    manifest = convert(
+        source,
+        destination,
+        format=data.format,
+        schema=data.columns,
+        split=dict(split),
+        split_seed=data.split_seed,
+        skip_bad_rows=data.skip_bad_rows,
+        progress=progress,
+    )
+    schema = manifest.data_schema.with_num_embeddings(**sizes)
+    return ArrowStore.open(destination, schema=schema), schema
+
+
+def _stem(config: RunConfig) -> str:
+    assert config.data.path is not None
+    return Path(config.data.path).resolve().name.split(".")[0] or "data"
+
+
+def _default_store(config: RunConfig, source: Path) -> Path:
+    """One folder for each way of reading one source, so that none is in another's way."""
+    import hashlib
+    import json
+
+    how = config.data.model_dump(
+        mode="json", include={"format", "columns", "split", "split_seed", "skip_bad_rows"}
+    )
+    text = json.dumps([str(source.resolve()), how], sort_keys=True)
+    digest = hashlib.sha256(text.encode()).hexdigest()[:10]
+    return Path(config.output.folder) / ".data" / f"{_stem(config)}-{digest}"

@@ -1,0 +1,68 @@
+"""The folder of a run: private but for ``release/``."""
+
+from __future__ import annotations
+
+import json
+from datetime import datetime
+from pathlib import Path
+from typing import Any
+
+from dist_dp.errors import ConfigError, DataError
+
+MARK = "config.yaml"
+
+
+def create_run_folder(runs: Path, name: str | None, dataset: str) -> Path:
+    """Makes the folder of a new run, readable by its owner alone.
+
+    Raises:
+        ConfigError: It exists already, or cannot be made.
+    """
+    name = name or f"{dataset}-{datetime.now():%Y%m%d-%H%M%S}"
+    folder = runs / name
+    try:
+        runs.mkdir(parents=True, exist_ok=True)
+        folder.mkdir(mode=0o700)
+    except FileExistsError:
+        raise ConfigError(
+            f"the run folder '{folder}' exists; choose another --name, or remove it"
+        ) from None
+    except OSError as error:
+        raise ConfigError(f"cannot make the run folder '{folder}': {error.strerror}") from None
+    return folder.resolve()
+
+
+def release_of(path: str | Path) -> Path:
+    """The release folder that a run folder or a release folder stands for.
+
+    Raises:
+        DataError: There is nothing at the path, or the run has no release.
+    """
+    path = Path(path)
+    if not path.exists():
+        raise DataError(f"'{path}' does not exist; give a run folder or a released model")
+    if (path / "release.json").exists() or (path / "checkpoint.json").exists():
+        return path
+    if (path / "release").is_dir():
+        return path / "release"
+    if (path / MARK).exists():
+        raise DataError(
+            f"the run '{path}' has no released model: it did not finish. Run it again; its "
+            "charge stays in the ledger."
+        )
+    # Let the release loader say what is wrong with the folder.
+    return path
+
+
+def read_summary(folder: Path) -> dict[str, Any]:
+    """The summary of a run.
+
+    Raises:
+        DataError: There is none.
+    """
+    path = folder / "summary.json"
+    try:
+        summary: dict[str, Any] = json.loads(path.read_text(encoding="utf-8"))
+    except (OSError, ValueError) as error:
+        raise DataError(f"'{path}' cannot be read: {error}") from None
+    return summary

@@ -1,0 +1,172 @@
+"""``summary.json``: what a run was, cost and reached."""
+
+from __future__ import annotations
+
+import importlib.metadata
+import math
+import platform
+import resource
+import statistics
+from datetime import UTC, datetime
+from typing import TYPE_CHECKING, Any
+
+import torch
+import torch.distributed as dist
+
+from dist_dp import kernels
+from dist_dp.distributed import rank, world_size
+from dist_dp.model_card import NOT_COVERED
+from dist_dp.release import privacy_statement
+
+if TYPE_CHECKING:
+    from dist_dp.cluster.worker import _Run
+
+_PACKAGES = (
+    "dist-dp",
+    "torch",
+    "torchrec",
+    "fbgemm-gpu-cpu",
+    "fbgemm-gpu",
+    "ray",
+    "dp-accounting",
+    "pyarrow",
+    "numpy",
+)
+
+
+def software_versions() -> dict[str, str]:
+    """Versions of Python and of the packages that matter."""
+    versions = {"python": platform.python_version()}
+    for name in _PACKAGES:
+        try:
+            versions[name] = importlib.metadata.version(name)
+        except importlib.metadata.PackageNotFoundError:
+            continue
+    return versions
+
+
+def peak_memory_bytes(device: torch.device) -> int:
+    """Peak memory of this worker: of the GPU if it has one, else resident memory."""
+    if device.type == "cuda":
+        return int(torch.cuda.max_memory_allocated(device))
+    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
+
+
+def _gather(value: Any) -> list[Any]:
+    values: list[Any] = [value] * world_size()
+    if world_size() > 1:
+        dist.all_gather_object(values, value)
+    return values
+
+
+def _sharding(run: _Run) -> list[dict[str, Any]]:
+    """Every table with its kind, the ranks that hold it, and its bytes over all ranks."""
+    local = [
+        (s.table, s.num_rows, s.dim, s.kind, s.weight.numel() * s.weight.element_size())
+        for s in run.engine.parts.shards
+    ]
+    tables: dict[str, dict[str, Any]] = {}
+    for owner, shards in enumerate(_gather(local)):
+        for table, rows, dim, kind, size in shards:
+            entry = tables.setdefault(
+                table,
+                {"table": table, "rows": rows, "dim": dim, "kind": kind, "ranks": [], "bytes": 0},
+            )
+            if size and owner not in entry["ranks"]:
+                entry["ranks"].append(owner)
+            entry["bytes"] += size
+    return [tables[name] for name in sorted(tables)]
+
+
+def finite(value: float | None) -> float | None:
+    """None for what JSON cannot hold."""
+    return value if value is not None and math.isfinite(value) else None
+
+
+def make_summary(run: _Run, metrics: dict[str, float], split: str | None) -> dict[str, Any]:
+    """Collects the summary; every rank calls it.
+
+    Args:
+        run: The worker's run.
+        metrics: Quality on held-out records.
+        split: Which split they are from.
+
+    Returns:
+        Simple types, and ``card_facts`` for the model card.
+    """
+    parts, plan, config = run.engine.parts, run.engine.parts.plan, run.config
+    steps = parts.mechanism.schedule.step
+    peaks = _gather(peak_memory_bytes(run.device))
+    sharding = _sharding(run)
+    private = plan.is_private and not run.engine.secret_is_given
+    # The first steps pay for warming up; the median does not care.
+    seconds = statistics.median(run.step_seconds) if run.step_seconds else float("nan")
+    names = sorted({n for p in run.phases for n in p})
+    phases = {n: statistics.median(p.get(n, 0.0) for p in run.phases) for n in names}
+    summary: dict[str, Any] = {
+        "run_name": run.job.run_name,
+        "status": run.status,
+        "created": datetime.now(UTC).isoformat(timespec="seconds"),
+        "mechanism": plan.mechanism,
+        "private": private,
+        "fixed_seed": run.engine.secret_is_given,
+        "epsilon": finite(plan.epsilon(steps)) if plan.is_private and steps else None,
+        "target_epsilon": plan.target_epsilon,
+        "delta": plan.delta if plan.is_private else None,
+        "noise_multiplier": plan.noise_multiplier,
+        "max_grad_norm": plan.max_grad_norm if plan.mechanism != "none" else None,
+        "num_records": plan.num_records,
+        "expected_batch_size": plan.expected_batch_size,
+        "sample_rate": plan.sample_rate,
+        "sampling": plan.sampling,
+        "steps": steps,
+        "planned_steps": plan.steps,
+        "evaluated_on": split,
+        "auc": finite(metrics.get("auc")),
+        "normalized_entropy": finite(metrics.get("normalized_entropy")),
+        "log_loss": finite(metrics.get("log_loss")),
+        "calibration": finite(metrics.get("calibration")),
+        "evaluated_examples": int(metrics.get("examples", 0)),
+        "examples_per_second": finite(plan.expected_batch_size / seconds),
+        "step_ms": finite(1e3 * seconds),
+        "phases_ms": phases,
+        "peak_memory_bytes": peaks,
+        "world_size": world_size(),
+        "device": str(run.device),
+        "sharding": sharding,
+        "learning_rate": config.train.learning_rate.model_dump(mode="json", exclude_none=True),
+        "table_optimizer": config.train.table_optimizer,
+        "embedding_optimizer": config.train.table_optimizer,
+        "dense_optimizer": config.train.dense_optimizer,
+        "kernels": kernels.implementation(),
+        "software": software_versions(),
+        "privacy_statement": privacy_statement(run.engine, steps),
+        "not_covered": list(NOT_COVERED),
+        "unit_of_privacy": plan.unit,
+        "neighbouring_relation": plan.neighbouring_relation,
+        "accountant": plan.accountant,
+        "dataset": run.job.dataset,
+    }
+    if rank() == 0 and plan.is_private:
+        assert run.engine.accountant is not None
+        spend = run.engine.accountant.spent(run.job.dataset)
+        summary["dataset_spent_epsilon"] = finite(spend.epsilon)
+        summary["dataset_budget_epsilon"] = spend.budget_epsilon
+        summary["run_epsilon_charged"] = finite(
+            run.engine.accountant.run_epsilon(run.job.run_name, plan.delta)
+        )
+    if run.loader.leases.refusal is not None:
+        summary["budget_refusal"] = run.loader.leases.refusal
+    summary["card_facts"] = _card_facts(summary)
+    return summary
+
+
+def _card_facts(summary: dict[str, Any]) -> dict[str, Any]:
+    """Lines for the model card.
+
+    Metrics stay out: those on held-out records are computed without noise, and the card leaves
+    with the release.
+    """
+    facts: dict[str, Any] = {"created": summary["created"], "run": summary["run_name"]}
+    facts |= {f"version of {name}": v for name, v in summary["software"].items()}
+    return facts

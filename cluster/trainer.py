@@ -1,0 +1,230 @@
+"""The driver: prepares data and plan, runs the workers under Ray Train, writes the report."""
+
+from __future__ import annotations
+
+import shutil
+import signal
+import threading
+import time
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+from dist_dp.cluster.accountant import start_accountant
+from dist_dp.cluster.config import ClusterConfig, RunConfig
+from dist_dp.cluster.job import Job
+from dist_dp.cluster.monitor import start_monitor
+from dist_dp.cluster.prepare import Prepared, prepare
+from dist_dp.cluster.quiet import environment
+from dist_dp.cluster.ray_session import ray_session
+from dist_dp.cluster.run_folder import create_run_folder, read_summary
+from dist_dp.engine import default_ledger_path
+from dist_dp.errors import DistDpError
+
+Watcher = Callable[[dict[str, Any]], None]
+
+
+class Trainer:
+    """Trains a model as a configuration says.
+
+    Example:
+        config = load_config("examples/criteo_dlrm.yaml", {"data.path": "train.tsv"})
+        summary = Trainer(config).fit()
+
+    Args:
+        config: The configuration.
+        verbose: Let libraries log.
+        watch: Called about five times a second with the latest progress.
+    """
+
+    def __init__(
+        self, config: RunConfig, *, verbose: bool = False, watch: Watcher | None = None
+    ) -> None:
+        self.config = config
+        self.verbose = verbose
+        self.watch = watch or (lambda progress: None)
+        self.run_folder: Path | None = None
+
+    def fit(self) -> dict[str, Any]:
+        """Runs to the end (or the end of the budget, or a first Ctrl-C).
+
+        Returns:
+            The summary, also in the run folder.
+
+        Raises:
+            DistDpError: The run could not be done; the message says why.
+        """
+        self.watch({"phase": "reading the data"})
+        prepared = prepare(self.config)
+        self.watch({"phase": "starting Ray", "plan": prepared.plan})
+        with ray_session(self.config.cluster, self.verbose):
+            folder = create_run_folder(
+                Path(self.config.output.folder), self.config.output.name, prepared.dataset
+            )
+            self.run_folder = folder
+            (folder / "config.yaml").write_text(self.config.to_yaml(), encoding="utf-8")
+            ledger = Path(self.config.privacy.ledger or default_ledger_path()).resolve()
+            accountant = start_accountant(ledger)
+            job = self._job(folder, prepared, ledger)
+            try:
+                self._run(job)
+            except BaseException as error:
+                self._note_failure(folder, accountant, error)
+                raise
+            finally:
+                shutil.rmtree(folder / ".ray", ignore_errors=True)
+        summary = read_summary(folder)
+        from dist_dp.cluster.report import write_report
+
+        write_report(folder)
+        return summary
+
+    def _job(self, folder: Path, prepared: Prepared, ledger: Path) -> Job:
+        return Job(
+            run_name=folder.name,
+            run_folder=str(folder),
+            store=str(prepared.store.path.resolve()),
+            dataset=prepared.dataset,
+            ledger=str(ledger),
+            config=self.config.model_dump(mode="json"),
+            columns=prepared.schema.model_dump(mode="json"),
+            plan=prepared.plan.model_dump(),
+            verbose=self.verbose,
+        )
+
+    def _note_failure(self, folder: Path, accountant: Any, error: BaseException) -> None:
+        """A run that never charged a step leaves no folder; another one keeps what it has."""
+        import contextlib
+
+        if not (folder / "metrics.csv").exists():
+            shutil.rmtree(folder, ignore_errors=True)
+        else:
+            (folder / "error.txt").write_text(f"{type(error).__name__}: {error}\n")
+        with contextlib.suppress(DistDpError):
+            accountant.close_run(folder.name, "failed")
+
+    def _run(self, job: Job) -> None:
+        """One Ray Train run, watched; Ctrl-C once asks the workers to stop."""
+        import ray
+
+        from dist_dp.cluster.worker import train_worker
+
+        monitor = start_monitor(job.run_name)
+        done = threading.Event()
+
+        def poll() -> None:
+            while not done.wait(0.2):
+                try:
+                    self.watch(ray.get(monitor.latest.remote(), timeout=5))
+                except ray.exceptions.RayError:
+                    return
+
+        watcher = threading.Thread(target=poll, daemon=True)
+        watcher.start()
+        try:
+            with _stop_on_interrupt(monitor, self.watch):
+                fit_workers(train_worker, job.to_dict(), self.config.cluster, job, self.verbose)
+        finally:
+            done.set()
+            watcher.join(timeout=5)
+            ray.kill(monitor)
+
+
+def fit_workers(
+    loop: Callable[[dict[str, Any]], None],
+    values: dict[str, Any],
+    cluster: ClusterConfig,
+    job: Job,
+    verbose: bool,
+) -> None:
+    """Runs a function on every worker under Ray Train.
+
+    Raises:
+        DistDpError: A worker failed; the message is the worker's own.
+    """
+    from ray.train import FailureConfig, RunConfig, ScalingConfig
+    from ray.train.torch import TorchConfig, TorchTrainer
+
+    use_gpu = bool(cluster.use_gpu)
+    trainer = TorchTrainer(
+        loop,
+        train_loop_config=values,
+        torch_config=TorchConfig(backend="nccl" if use_gpu else "gloo"),
+        scaling_config=ScalingConfig(
+            num_workers=cluster.num_workers,
+            use_gpu=use_gpu,
+            resources_per_worker={"CPU": cluster.cpus_per_worker, **({"GPU": 1} if use_gpu else {})},
+        ),
+        run_config=RunConfig(
+            name=job.run_name,
+            storage_path=str(Path(job.run_folder) / ".ray"),
+            failure_config=FailureConfig(max_failures=0),
+            worker_runtime_env={"env_vars": environment(verbose)},
+        ),
+    )
+    try:
+        trainer.fit()
+    except Exception as error:
+        raise readable(error) from error
+
+
+def readable(error: BaseException) -> DistDpError:
+    """The message a user needs out of Ray's nested errors.
+
+    Our own errors are searched first, over all workers: the others of a group often fail only
+    because one did.
+    """
+    causes = list(_causes(error))
+    for cause in causes:
+        if isinstance(cause, DistDpError):
+            return cause
+    inner = next((c for c in reversed(causes) if not _is_rays(c)), causes[-1])
+    message = str(inner).strip().splitlines()
+    return DistDpError(
+        f"a worker failed: {type(inner).__name__}: {message[-1] if message else ''} "
+        "(--verbose shows the workers' logs)"
+    )
+
+
+def _is_rays(error: BaseException) -> bool:
+    return type(error).__module__.startswith("ray")
+
+
+def _causes(error: BaseException) -> Iterator[BaseException]:
+    seen: set[int] = set()
+    waiting: list[BaseException | None] = [error]
+    while waiting:
+        current = waiting.pop(0)
+        if current is None or id(current) in seen:
+            continue
+        seen.add(id(current))
+        yield current
+        waiting += [current.__cause__, getattr(current, "cause", None)]
+        failures = getattr(current, "worker_failures", None)
+        if isinstance(failures, dict):
+            waiting += [f for f in failures.values() if isinstance(f, BaseException)]
+
+
+@contextmanager
+def _stop_on_interrupt(monitor: Any, watch: Watcher) -> Iterator[None]:
+    """First Ctrl-C: stop after the step in flight and release; second: abort."""
+    if threading.current_thread() is not threading.main_thread():
+        yield
+        return
+    before = signal.getsignal(signal.SIGINT)
+    asked: list[float] = []
+
+    def on_interrupt(_signal: int, _frame: Any) -> None:
+        if asked:
+            signal.signal(signal.SIGINT, before)
+            raise KeyboardInterrupt
+        asked.append(time.monotonic())
+        monitor.request_stop.remote()
+        watch({"phase": "stopping after this step (Ctrl-C again aborts)"})
+
+    signal.signal(signal.SIGINT, on_interrupt)
+    try:
+        yield
+    finally:
+        signal.signal(signal.SIGINT, before)

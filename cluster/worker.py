@@ -1,0 +1,288 @@
+"""What runs in every worker: build, train, evaluate, release. Rank 0 keeps the books."""
+
+from __future__ import annotations
+
+import json
+import time
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from dist_dp import kernels
+from dist_dp.cluster import quiet
+from dist_dp.cluster.config import RunConfig, TrainConfig
+from dist_dp.cluster.job import Job
+from dist_dp.distributed import all_gather_cat, all_reduce_max, barrier, rank
+from dist_dp.schedules import learning_rate_at
+
+
+def train_worker(values: dict[str, Any]) -> None:
+    """Ray Train's entry: one call per worker."""
+    job = Job(**values)
+    quiet.apply(job.verbose)
+    from dist_dp._builds import check_builds
+
+    config = job.run_config
+    device = _device(config)
+    check_builds(need_cuda=device.type == "cuda")
+    threads = config.cluster.threads_per_worker
+    if threads:
+        torch.set_num_threads(threads)
+    _Run(job, config, device).train()
+
+
+def _device(config: RunConfig) -> torch.device:
+    import ray.train.torch
+
+    device: torch.device = ray.train.torch.get_device()
+    if device.type == "cuda":
+        torch.cuda.set_device(device)
+    return device if config.cluster.use_gpu is not False else torch.device("cpu")
+
+
+class _Run:
+    """One worker's side of a run."""
+
+    def __init__(self, job: Job, config: RunConfig, device: torch.device) -> None:
+        from dist_dp.cluster.accountant import AccountantClient
+        from dist_dp.cluster.metrics_log import MetricsLog
+        from dist_dp.cluster.models import build_model
+        from dist_dp.cluster.monitor import MonitorLink
+        from dist_dp.engine import PrivacyEngine
+        from dist_dp.sharding import TableOptimizer
+
+        self.job, self.config, self.device = job, config, device
+        self.folder = Path(job.run_folder)
+        self.store = job.open_store()
+        self.train_set = self.store.split("train")
+        seed = config.privacy.seed
+        if seed is not None:
+            torch.manual_seed(seed)
+        model = build_model(config.model, job.schema)
+        privacy = config.privacy
+        self.engine = PrivacyEngine(
+            dataset=job.dataset,
+            mechanism=privacy.mechanism,
+            sharding=config.model.sharding,
+            accountant=AccountantClient(job.ledger) if rank() == 0 else None,
+            run_id=job.run_name,
+            secret=None if seed is None else fixed_secret(seed),
+            device=device,
+        )
+        budget = privacy.dataset_budget
+        self.model, self.optimizer, self.loader = self.engine.make_private_from_plan(
+            job.privacy_plan,
+            module=model,
+            optimizer=_dense_optimizer(config.train, model),
+            data_loader=self.train_set,
+            lease_steps=config.train.lease_steps,
+            table_optimizer=TableOptimizer(config.train.table_optimizer),
+            table_lr=config.train.learning_rate.base,
+            budget=(budget.epsilon, budget.delta) if budget else None,
+            fingerprint=self.train_set.fingerprint,
+        )
+        self.timer = self.engine.timer
+        self.status = "completed"
+        self.log = None
+        self.link = None
+        if rank() == 0:
+            self.link = MonitorLink(job.run_name)
+            self.log = MetricsLog(self.folder, tensorboard=config.output.tensorboard)
+        self.began = time.perf_counter()
+        self.step_seconds: list[float] = []
+        self.phases: list[dict[str, float]] = []
+        self.examples = 0
+
+    def train(self) -> None:
+        """Trains, then evaluates, settles and releases."""
+        self._probe()
+        try:
+            self._loop()
+        finally:
+            if self.log is not None:
+                self.log.close()
+        if self.loader.leases.refusal is not None:
+            self.status = "stopped_at_budget"
+        self._finish()
+
+    def _probe(self) -> None:
+        """Generated examples, not private ones, show whether the model mixes a batch."""
+        from dist_dp.cluster.probe_batch import random_batch
+        from dist_dp.cluster.models import logits_of
+        from dist_dp.probe import check_examples_independent
+
+        if not self.engine.mechanism_class.private:
+            return
+        batch = random_batch(self.job.schema, 4).to(self.device)
+
+        def losses() -> torch.Tensor:
+            return _per_example_loss(logits_of(self.model, batch), batch.labels)
+
+        check_examples_independent(self.model, self.engine.parts.cuts, losses)
+        self.optimizer.zero_grad()
+        self.timer.take()
+
+    def _loop(self) -> None:
+        from dist_dp.cluster.models import logits_of
+
+        train = self.config.train
+        last = time.perf_counter()
+        for batch in self.loader:
+            step = self.loader.steps_drawn
+            self._set_learning_rates(step)
+            with self.timer.phase("data"):
+                batch = batch.to(self.device)
+            with self.timer.phase("forward"):
+                logits = logits_of(self.model, batch)
+                losses = _per_example_loss(logits, batch.labels)
+                loss = losses.mean()
+            with self.timer.phase("backward"):
+                loss.backward()
+            self.optimizer.step()
+            before = time.perf_counter()
+            due = train.evaluate_every and step % train.evaluate_every == 0
+            valid = self._evaluate("valid") if due else {}
+            evaluating = time.perf_counter() - before
+            real = losses.detach()[batch.is_real]
+            row, stop = self._statistics(step, real, bool(valid))
+            now = time.perf_counter()
+            elapsed, last = now - last - evaluating, now
+            self.step_seconds.append(elapsed)
+            if valid and row:
+                row |= {"valid_auc": valid["auc"], "valid_log_loss": valid["log_loss"]}
+            self._report(step, row, elapsed)
+            if stop:
+                self.status = "interrupted"
+                self.loader.stop()
+
+    def _set_learning_rates(self, step: int) -> None:
+        train = self.config.train
+        tables = learning_rate_at(train.learning_rate, step)
+        dense = learning_rate_at(train.dense_learning_rate or train.learning_rate, step)
+        for group in self.optimizer.param_groups:
+            group["lr"] = tables if group.get("name") == "tables" else dense
+
+    def _statistics(
+        self, step: int, losses: torch.Tensor, evaluated: bool
+    ) -> tuple[dict[str, float], bool]:
+        """Loss, norms and clip fraction over all ranks, and whether to stop."""
+        stats = self.optimizer.last_stats
+        assert stats is not None
+        row: dict[str, float] = {}
+        stop = self.link is not None and self.link.stop_requested
+        with self.timer.phase("communication"):
+            flag = all_reduce_max(torch.tensor([float(stop)], device=self.device))
+            every = self.config.train.log_every
+            if step % every == 0 or step == self.loader.steps or evaluated:
+                gathered = all_gather_cat(losses).cpu()
+                norms = all_gather_cat(stats.norms).cpu()
+                row = self._row(gathered, norms, stats.signal_to_noise)
+        return row, bool(flag.item() > 0)
+
+    def _row(self, losses: torch.Tensor, norms: torch.Tensor, snr: float) -> dict[str, float]:
+        private = self.engine.mechanism_class.private
+        row = {
+            "loss": float(losses.mean()) if losses.numel() else float("nan"),
+            "batch_size": float(losses.numel()),
+            "epsilon": self.loader.leases.epsilon_charged if private else float("inf"),
+            "learning_rate": float(self.optimizer.param_groups[0]["lr"]),
+        }
+        if private and norms.numel():
+            limit = self.engine.parts.plan.max_grad_norm
+            row["clip_fraction"] = float((norms > limit).float().mean())
+            row["signal_to_noise"] = snr
+            levels = torch.tensor([0.1, 0.5, 0.9, 0.99])
+            for name, value in zip(
+                ("p10", "p50", "p90", "p99"), torch.quantile(norms, levels).tolist(), strict=True
+            ):
+                row[f"grad_norm_{name}"] = value
+        return row
+
+    def _report(self, step: int, row: dict[str, float], seconds: float) -> None:
+        phases = self.timer.take()
+        # Settling happens inside the forward pass.
+        phases["forward"] = phases.get("forward", 0.0) + phases.get("settle", 0.0)
+        self.phases.append(phases)
+        if not row:
+            return
+        self.examples += int(row["batch_size"])
+        speed = row["batch_size"] / seconds if seconds > 0 else 0.0
+        row |= {"step": step, "step_ms": 1e3 * seconds, "examples_per_second": speed}
+        row |= {f"{name}_ms": value for name, value in phases.items()}
+        if self.log is not None:
+            self.log.write(row)
+        if self.link is not None:
+            self.link.push(
+                {
+                    "phase": "training",
+                    "step": step,
+                    "steps": self.loader.steps,
+                    "loss": row["loss"],
+                    "epsilon": row["epsilon"],
+                    "examples_per_second": speed,
+                    "valid_auc": row.get("valid_auc"),
+                }
+            )
+
+    def _evaluate(self, split: str) -> dict[str, float]:
+        from dist_dp.cluster.evaluation import evaluate
+
+        if split not in self.store.split_names() or len(self.store.split(split)) == 0:
+            return {}
+        with self.timer.paused():
+            dataset = self.store.split(split)
+            return evaluate(self.model, dataset, batch_size=8192, device=self.device)
+
+    def _finish(self) -> None:
+        from dist_dp.cluster.summary import make_summary
+
+        if self.link is not None:
+            self.link.push({"phase": "evaluating"})
+        split = "test" if len(self._evaluable("test")) else "valid"
+        metrics = self._evaluate(split) if self._evaluable(split) else {}
+        if self.link is not None:
+            self.link.push({"phase": "settling and releasing"})
+        summary = make_summary(self, metrics, split if metrics else None)
+        released = self.engine.release(
+            self.folder / "release",
+            model_info={
+                "model": self.config.model.model_dump(mode="json"),
+                "columns": self.job.columns,
+            },
+            facts=summary.pop("card_facts"),
+        )
+        if rank() == 0:
+            summary["release"] = str(released.relative_to(self.folder))
+            path = self.folder / "summary.json"
+            path.write_text(json.dumps(summary, indent=2), encoding="utf-8")
+            assert self.engine.accountant is not None
+            self.engine.accountant.close_run(self.job.run_name, self.status)
+        barrier()
+
+    def _evaluable(self, split: str) -> Any:
+        return self.store.split(split) if split in self.store.split_names() else []
+
+
+def fixed_secret(seed: int) -> bytes:
+    """A secret from a seed, for tests; a run with one is marked as not private."""
+    return kernels.derive_key(bytes(32), "fixed-seed", str(seed))
+
+
+def _per_example_loss(logits: torch.Tensor, labels: torch.Tensor) -> torch.Tensor:
+    return torch.nn.functional.binary_cross_entropy_with_logits(logits, labels, reduction="none")
+
+
+def _dense_optimizer(train: TrainConfig, model: torch.nn.Module) -> torch.optim.Optimizer:
+    kinds: dict[str, Any] = {
+        "sgd": torch.optim.SGD,
+        "adagrad": torch.optim.Adagrad,
+        "adam": torch.optim.Adam,
+    }
+    base = (train.dense_learning_rate or train.learning_rate).base
+    optimizer: torch.optim.Optimizer = kinds[train.dense_optimizer](
+        model.parameters(), lr=base, weight_decay=train.weight_decay
+    )
+    return optimizer
+
+

@@ -110,7 +110,7 @@ def train(
     verbose: VerboseOption = False,
 ) -> None:
     """Train a model and release it with its privacy statement."""
-    from dist_dp.cluster.console import watched_fit
+    from dist_dp.cluster.console import print_summary, watched_fit
 
     resolved = _config(
         config,
@@ -127,7 +127,7 @@ def train(
             "privacy.allow_large_delta": allow_large_delta or None,
         },
     )
-    watched_fit(resolved, verbose=verbose)
+    print_summary(*watched_fit(resolved, verbose=verbose))
 
 
 @app.command()

@@ -126,6 +126,8 @@ class PrivacyConfig(_Section):
         allow_large_delta: Accept δ ≥ 1 / number of records all the same.
         dataset_budget: Total of the data set, if the ledger does not know it yet; by default
             what this run will spend.
+        stop_at_budget: Start although the data set's budget does not allow all steps, and stop
+            when it is used up; otherwise such a run is refused.
         ledger: Path of the ledger; by default one place per user.
         seed: Fixed secret, for tests. It marks the run as not private.
     """
@@ -138,6 +140,7 @@ class PrivacyConfig(_Section):
     accountant: Literal["pld", "rdp"] = "pld"
     allow_large_delta: bool = False
     dataset_budget: BudgetConfig | None = None
+    stop_at_budget: bool = False
     ledger: str | None = None
     seed: int | None = None
 
@@ -292,9 +295,7 @@ def load_config(path: str | Path | None, overrides: Mapping[str, Any] | None = N
         try:
             values = yaml.safe_load(Path(path).read_text(encoding="utf-8")) or {}
         except OSError as error:
-            raise ConfigError(
-                f"cannot read the configuration '{path}': {error.strerror}"
-            ) from None
+            raise ConfigError(f"cannot read the configuration '{path}': {error.strerror}") from None
         except yaml.YAMLError as error:
             raise ConfigError(f"'{path}' is no valid YAML: {error}") from None
         if not isinstance(values, dict):
@@ -353,9 +354,7 @@ def _known_keys(location: Sequence[Any]) -> list[str]:
         if field is None:
             return []
         kinds = [field.annotation, *get_args(field.annotation)]
-        kind = next(
-            (k for k in kinds if isinstance(k, type) and issubclass(k, BaseModel)), None
-        )
+        kind = next((k for k in kinds if isinstance(k, type) and issubclass(k, BaseModel)), None)
     return list(getattr(kind, "model_fields", {}))
 
 

@@ -8,8 +8,8 @@ from pathlib import Path
 from typing import Any
 
 from dist_dp.cluster.config import RunConfig, parse_config
-from dist_dp.datasets.store import ArrowStore
 from dist_dp.datasets.schema import DataSchema
+from dist_dp.datasets.store import ArrowStore
 from dist_dp.plan import PrivacyPlan
 
 VERIFY_BELOW_BYTES = 2 << 30

@@ -9,8 +9,8 @@ from typing import Any
 from dist_dp.cluster.config import RunConfig
 from dist_dp.cluster.job import make_plan
 from dist_dp.datasets.convert import convert
-from dist_dp.datasets.store import ArrowStore
 from dist_dp.datasets.schema import DataSchema
+from dist_dp.datasets.store import ArrowStore
 from dist_dp.errors import ConfigError, DataError
 from dist_dp.plan import PrivacyPlan
 

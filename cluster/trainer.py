@@ -154,7 +154,10 @@ def fit_workers(
         scaling_config=ScalingConfig(
             num_workers=cluster.num_workers,
             use_gpu=use_gpu,
-            resources_per_worker={"CPU": cluster.cpus_per_worker, **({"GPU": 1} if use_gpu else {})},
+            resources_per_worker={
+                "CPU": cluster.cpus_per_worker,
+                **({"GPU": 1} if use_gpu else {}),
+            },
         ),
         run_config=RunConfig(
             name=job.run_name,

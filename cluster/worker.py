@@ -81,6 +81,7 @@ class _Run:
             table_lr=config.train.learning_rate.base,
             budget=(budget.epsilon, budget.delta) if budget else None,
             fingerprint=self.train_set.fingerprint,
+            stop_at_budget=privacy.stop_at_budget,
         )
         self.timer = self.engine.timer
         self.status = "completed"
@@ -108,8 +109,8 @@ class _Run:
 
     def _probe(self) -> None:
         """Generated examples, not private ones, show whether the model mixes a batch."""
-        from dist_dp.cluster.probe_batch import random_batch
         from dist_dp.cluster.models import logits_of
+        from dist_dp.cluster.probe_batch import random_batch
         from dist_dp.probe import check_examples_independent
 
         if not self.engine.mechanism_class.private:
@@ -284,5 +285,3 @@ def _dense_optimizer(train: TrainConfig, model: torch.nn.Module) -> torch.optim.
         model.parameters(), lr=base, weight_decay=train.weight_decay
     )
     return optimizer
-
-

@@ -17,8 +17,8 @@ import pyarrow as pa
 from numpy.lib.stride_tricks import as_strided
 from numpy.typing import NDArray
 
-from dist_dp.datasets.encode import stored_schema
 from dist_dp.datasets.schema import DataSchema, SparseFeature
+from dist_dp.datasets.stored import stored_schema
 from dist_dp.errors import DataError
 
 if TYPE_CHECKING:
@@ -73,7 +73,7 @@ class _Rows:
 
     def __call__(self, part: NDArray[np.int64], local: NDArray[np.int64]) -> NDArray[Any]:
         """Rows ``local`` of record batches ``part``, as [n, width]."""
-        return self._view[self._starts[part] + local * self._stride]
+        return np.asarray(self._view[self._starts[part] + local * self._stride])
 
 
 class _Bags:
@@ -248,7 +248,7 @@ class ClickDataset:
         if self._ids is None:
             return np.zeros((len(part), 0), dtype=np.int64)
         # Missing unhashed ids are -1; a truncated remainder keeps them so.
-        return np.fmod(self._ids(part, local), self._moduli)
+        return np.asarray(np.fmod(self._ids(part, local), self._moduli))
 
     def _bag_weights(
         self,

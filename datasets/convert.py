@@ -4,22 +4,15 @@ from __future__ import annotations
 
 import contextlib
 import errno
-import fcntl
-import hashlib
-import json
 import os
-import shutil
 import sys
-import tempfile
 from collections.abc import Iterator, Mapping
 from pathlib import Path
-from typing import IO, Any, Self
+from typing import Any
 
 import numpy as np
-import pyarrow as pa
 from numpy.typing import NDArray
 
-from dist_dp.datasets.encode import RECORD_KEY, stored_schema
 from dist_dp.datasets.manifest import (
     FORMAT_VERSION,
     MANIFEST_NAME,
@@ -32,6 +25,8 @@ from dist_dp.datasets.manifest import (
 )
 from dist_dp.datasets.readers import Reader, open_reader
 from dist_dp.datasets.schema import DataSchema
+from dist_dp.datasets.stored import RECORD_KEY
+from dist_dp.datasets.writing import SplitWriter, partial_folder, publish
 from dist_dp.errors import ConfigError, DataError
 
 DEFAULT_SPLIT: Mapping[str, float] = {"train": 0.8, "valid": 0.1, "test": 0.1}
@@ -102,7 +97,7 @@ def write_store(
             "choose another destination"
         )
     try:
-        with _partial_folder(destination) as folder:
+        with partial_folder(destination) as folder:
             splits = _write_splits(reader, folder, split, progress)
             if reader.identity() != identity:
                 raise DataError(f"{reader.path}: changed while it was read; convert it again")
@@ -110,7 +105,7 @@ def write_store(
                 format_version=FORMAT_VERSION,
                 source_format=reader.format,
                 source=identity,
-                data_schema=reader.schema,
+                schema=reader.schema,
                 split=split,
                 split_seed=reader.split_seed,
                 splits=splits,
@@ -121,7 +116,7 @@ def write_store(
                 stream.write(manifest.to_json())
                 stream.flush()
                 os.fsync(stream.fileno())
-            if _publish(folder, destination, overwrite):
+            if publish(folder, destination, overwrite):
                 return manifest
     except OSError as error:
         full = error.errno in (errno.ENOSPC, errno.EDQUOT)
@@ -197,7 +192,7 @@ def _write_splits(
 ) -> dict[str, SplitInfo]:
     names = list(split) if split else ["all"]
     with contextlib.ExitStack() as stack:
-        writers = [stack.enter_context(_SplitWriter(folder, name, reader.schema)) for name in names]
+        writers = [stack.enter_context(SplitWriter(folder, name, reader.schema)) for name in names]
         advance = stack.enter_context(_progress(reader, progress))
         rows = 0
         for batch in reader:
@@ -218,126 +213,6 @@ def _write_splits(
                 "check the format"
             )
         return {name: writer.finish() for name, writer in zip(names, writers, strict=True)}
-
-
-class _HashingFile:
-    """A file object that keeps the sha256 of what is written."""
-
-    def __init__(self, stream: IO[bytes]) -> None:
-        self._stream = stream
-        self.digest = hashlib.sha256()
-        self.closed = False
-
-    def write(self, data: Any) -> int:
-        self.digest.update(data)
-        return self._stream.write(data)
-
-    def flush(self) -> None:
-        self._stream.flush()
-
-    def tell(self) -> int:
-        return self._stream.tell()
-
-    def close(self) -> None:
-        self.closed = True
-
-
-class _SplitWriter:
-    """Writes one split's Arrow file, and hashes the values in it."""
-
-    def __init__(self, folder: Path, name: str, schema: DataSchema) -> None:
-        self._path = folder / f"{name}.arrow"
-        self._schema = stored_schema(schema)
-        self._columns = {field.name: hashlib.sha256() for field in self._schema}
-        self._rows = 0
-
-    def __enter__(self) -> Self:
-        self._stream = self._path.open("wb")
-        self._file = _HashingFile(self._stream)
-        self._writer = pa.ipc.new_file(pa.PythonFile(self._file, "w"), self._schema)
-        return self
-
-    def __exit__(self, *_: object) -> None:
-        # Closing the Arrow writer belongs to finish() alone: a second time adds a second footer.
-        with contextlib.suppress(OSError):
-            self._stream.close()
-
-    def write(self, batch: Any) -> None:
-        if batch.num_rows == 0:
-            return
-        self._rows += batch.num_rows
-        for name, digest in self._columns.items():
-            array = batch.column(name)
-            if pa.types.is_list(array.type):
-                digest.update(np.ascontiguousarray(array.value_lengths()))
-            flat = array if pa.types.is_float32(array.type) else array.flatten()
-            digest.update(np.ascontiguousarray(flat))
-        self._writer.write_batch(batch)
-
-    def finish(self) -> SplitInfo:
-        self._writer.close()
-        self._stream.flush()
-        os.fsync(self._stream.fileno())
-        content = [[name, digest.hexdigest()] for name, digest in self._columns.items()]
-        text = json.dumps([self._rows, content])
-        return SplitInfo(
-            file=self._path.name,
-            rows=self._rows,
-            bytes=self._path.stat().st_size,
-            sha256=self._file.digest.hexdigest(),
-            fingerprint=hashlib.sha256(text.encode()).hexdigest(),
-        )
-
-
-@contextlib.contextmanager
-def _partial_folder(destination: Path) -> Iterator[Path]:
-    """A locked temporary folder beside the destination, removed at the end if still there.
-
-    Folders that a killed process has left are recognised by their free lock, and removed.
-    """
-    parent = destination.absolute().parent
-    parent.mkdir(parents=True, exist_ok=True)
-    prefix = f".{destination.name}.partial-"
-    for left in parent.glob(f"{prefix}*"):
-        with contextlib.suppress(OSError), _locked(left / "lock"):
-            shutil.rmtree(left, ignore_errors=True)
-    folder = Path(tempfile.mkdtemp(prefix=prefix, dir=parent))
-    try:
-        with _locked(folder / "lock"):
-            yield folder
-    finally:
-        shutil.rmtree(folder, ignore_errors=True)
-
-
-@contextlib.contextmanager
-def _locked(path: Path) -> Iterator[None]:
-    """Holds the lock of a file; raises BlockingIOError when another process does."""
-    with path.open("w") as stream:
-        fcntl.flock(stream, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        yield
-
-
-def _publish(folder: Path, destination: Path, overwrite: bool) -> bool:
-    """Renames the finished folder; False if another process's store is there by now."""
-    (folder / "lock").unlink()
-    folder.chmod(0o755)
-    if overwrite and destination.exists():
-        old = folder.with_name(folder.name.replace(".partial-", ".replaced-"))
-        destination.rename(old)
-        try:
-            folder.rename(destination)
-        except OSError:
-            old.rename(destination)
-            raise
-        shutil.rmtree(old, ignore_errors=True)
-        return True
-    try:
-        folder.rename(destination)
-    except OSError as error:
-        if error.errno in (errno.ENOTEMPTY, errno.EEXIST):
-            return False
-        raise
-    return True
 
 
 @contextlib.contextmanager

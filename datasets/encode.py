@@ -1,17 +1,4 @@
-"""From typed source columns to the stored form of a record, checked and vectorised.
-
-The stored form is an Arrow record batch with these columns, without nulls:
-
-- ``label``: float32, 0 or 1;
-- ``dense``: fixed-size list of float32, transformed, in schema order (absent without any);
-- ``ids``: fixed-size list of int64, one for each non-ragged sparse feature: the 63-bit hash, or
-  the id itself for unhashed features with -1 for a missing one (absent without any);
-- ``bag:NAME``: list of int64 for each ragged feature, and ``weights:NAME``: list of float32;
-- ``record_key``: uint64 that decides the split (dropped when written).
-
-Rows lie together (fixed-size lists, not one column a feature), because training reads random
-rows: one record costs a few cache lines instead of one for each feature.
-"""
+"""From typed source columns to the stored form of a record, checked and vectorised."""
 
 from __future__ import annotations
 
@@ -26,9 +13,8 @@ from numpy.typing import NDArray
 
 from dist_dp.datasets.hashing import TokenHasher, record_keys
 from dist_dp.datasets.schema import DataSchema, DenseFeature, SparseFeature
+from dist_dp.datasets.stored import RECORD_KEY, stored_schema
 from dist_dp.errors import DataError
-
-RECORD_KEY = "record_key"
 
 
 @dataclass(frozen=True)
@@ -54,23 +40,6 @@ class Columns:
     arrays: Mapping[str, Any]
     num_rows: int
     keys: NDArray[np.uint64] | None = None
-
-
-def stored_schema(schema: DataSchema) -> Any:
-    """The Arrow schema of the stored form (without the record key)."""
-    fields = [pa.field("label", pa.float32(), nullable=False)]
-    if schema.dense:
-        fields.append(pa.field("dense", pa.list_(pa.float32(), len(schema.dense)), nullable=False))
-    single = sum(not f.ragged for f in schema.sparse)
-    if single:
-        fields.append(pa.field("ids", pa.list_(pa.int64(), single), nullable=False))
-    for feature in schema.sparse:
-        if feature.ragged:
-            fields.append(pa.field(f"bag:{feature.name}", pa.list_(pa.int64()), nullable=False))
-            if feature.weight_column is not None:
-                name = f"weights:{feature.name}"
-                fields.append(pa.field(name, pa.list_(pa.float32()), nullable=False))
-    return pa.schema(fields)
 
 
 class Encoder:
@@ -201,9 +170,9 @@ class Encoder:
                 )
             else:
                 values[nulls] = feature.missing
-        out = np.log1p(np.maximum(values, 0)) if feature.transform == "log1p" else values
+        scaled = np.log1p(np.maximum(values, 0)) if feature.transform == "log1p" else values
         with np.errstate(over="ignore", invalid="ignore"):
-            out = ((out - feature.shift) / feature.scale).astype(np.float32)
+            out: NDArray[np.float32] = ((scaled - feature.shift) / feature.scale).astype(np.float32)
             bad = ~(np.isfinite(values) & np.isfinite(out))
         _report(
             problems,

@@ -27,10 +27,11 @@ from typing import Any
 import torch
 from torch import nn
 
-from dist_dp.distributed import broadcast_object, ensure_process_group, rank
-from dist_dp.errors import ConfigError, DistDpError
-from dist_dp.leases import StepLeases
 from dist_dp.accountant import LocalAccountant
+from dist_dp.accounting import max_steps
+from dist_dp.distributed import broadcast_object, ensure_process_group, rank
+from dist_dp.errors import BudgetError, ConfigError, DistDpError
+from dist_dp.leases import StepLeases
 from dist_dp.ledger import Ledger
 from dist_dp.loader import PoissonLoader, as_source
 from dist_dp.mechanisms import mechanism_class
@@ -229,6 +230,7 @@ class PrivacyEngine:
         table_lr: float | None = None,
         budget: tuple[float, float] | None = None,
         fingerprint: str | None = None,
+        stop_at_budget: bool = False,
     ) -> tuple[nn.Module, PrivateOptimizer, PoissonLoader]:
         """As :meth:`make_private`, from a plan made elsewhere (the trainer's way).
 
@@ -244,6 +246,8 @@ class PrivacyEngine:
             budget: Total (ε, δ) of the data set if the ledger does not know it; by default what
                 this run will spend.
             fingerprint: Identifies the records in the ledger.
+            stop_at_budget: Start although the data set's budget does not allow all planned steps,
+                and stop when it is used up; otherwise such a run is refused at once.
 
         Returns:
             The private model, optimizer and loader.
@@ -269,7 +273,7 @@ class PrivacyEngine:
         )
         # The run's account is opened last: a model that cannot be trained costs no budget.
         self.run_id = broadcast_object(self.run_id or f"run-{uuid.uuid4().hex[:12]}")
-        accountant = self._open_run(plan, self.run_id, budget, fingerprint)
+        accountant = self._open_run(plan, self.run_id, budget, fingerprint, stop_at_budget)
         loader = PoissonLoader(
             source,
             PoissonSampler(secret, plan.num_records, plan.sample_rate),
@@ -303,12 +307,28 @@ class PrivacyEngine:
         assert self._secret is not None
         return self._secret
 
+    def _check_whole_run_fits(self, accountant: Any, plan: PrivacyPlan) -> None:
+        """Refuses, before anything is charged, a run that would end half-way."""
+        event = plan.event()
+        assert event is not None
+        spend = accountant.spent(self.dataset)
+        fits = max_steps(event, spend.steps_by_event, spend.budget_epsilon, spend.delta, plan.steps)
+        if fits < plan.steps:
+            raise BudgetError(
+                f"data set '{self.dataset}' has spent ε = {spend.epsilon:.4g} of "
+                f"{spend.budget_epsilon:.4g} (δ = {spend.delta:g}); {fits} of the {plan.steps} "
+                "planned steps still fit. Plan fewer or noisier steps, raise the budget (dist-dp "
+                f"budget set {self.dataset} --epsilon … --reason …), or let the run stop when the "
+                "budget is used up (privacy.stop_at_budget)"
+            )
+
     def _open_run(
         self,
         plan: PrivacyPlan,
         run_id: str,
         budget: tuple[float, float] | None,
         fingerprint: str | None,
+        partial: bool,
     ) -> Any:
         """Registers the data set and opens the run's account, on rank 0; errors reach all."""
         failure: DistDpError | None = None
@@ -327,6 +347,8 @@ class PrivacyEngine:
                         delta=budget[1] if budget else plan.delta,
                         explicit=budget is not None,
                     )
+                    if not partial:
+                        self._check_whole_run_fits(accountant, plan)
                 accountant.open_run(
                     run_id, self.dataset, event, plan.steps, {"non_private": event is None}
                 )

@@ -97,7 +97,7 @@ def shard_model(
         unknown = set(kinds.values()) - {"data_parallel", "table_wise", "row_wise", "column_wise"}
         if unknown:
             raise ConfigError(f"sharding kinds {sorted(unknown)} of '{path}' are not supported")
-        with _quiet_torchrec():
+        with quiet_torchrec():
             sharded = sharder.shard(collection, plan[path], env, device)
         cut = CutEmbeddings(sharded, collection, path, kinds, optimizer)
         for shard in cut.shards:
@@ -143,9 +143,7 @@ def _initialise(shard: TableShard, secret: bytes) -> None:
 def _copy(shard: TableShard, weight: torch.Tensor) -> None:
     count, columns = shard.weight.shape
     rows = slice(shard.row_offset, shard.row_offset + count)
-    shard.weight.copy_(
-        weight.detach()[rows, shard.column_offset : shard.column_offset + columns]
-    )
+    shard.weight.copy_(weight.detach()[rows, shard.column_offset : shard.column_offset + columns])
 
 
 def _place_dense(model: nn.Module, cuts: list[CutEmbeddings], device: torch.device) -> None:
@@ -165,7 +163,7 @@ def _place_dense(model: nn.Module, cuts: list[CutEmbeddings], device: torch.devi
                 dist.broadcast(tensor.data, src=0)
 
 
-class _quiet_torchrec:  # noqa: N801 - reads as a statement
+class quiet_torchrec:
     """Keeps TorchRec's information lines of sharding away from the user."""
 
     def __enter__(self) -> None:

@@ -1,6 +1,6 @@
 """Readers of the supported source formats, and the choice of one.
 
-A reader yields Arrow record batches of the stored form (:mod:`dist_dp.datasets.encode`) and
+A reader yields Arrow record batches of the stored form (:mod:`dist_dp.datasets.stored`) and
 turns every bad row into a message with its file and line.
 """
 

@@ -17,7 +17,7 @@ from dist_dp.errors import DataError
 
 
 class Reader(ABC):
-    """Reads one source as record batches of the stored form (see ``encode``).
+    """Reads one source as record batches of the stored form (see ``stored``).
 
     Attributes:
         format: Name of the format.

@@ -1,0 +1,148 @@
+"""What a person sees while a run goes on: one live line, then the result."""
+
+from __future__ import annotations
+
+import math
+import time
+from pathlib import Path
+from typing import Any
+
+from rich.console import Console
+from rich.live import Live
+from rich.table import Table
+from rich.text import Text
+
+from dist_dp.cluster.config import RunConfig
+
+
+class ProgressLine:
+    """Renders progress as one line: step, loss, ε of ε, examples/s, time left."""
+
+    def __init__(self, console: Console) -> None:
+        self._live = Live(Text(""), console=console, refresh_per_second=5, transient=True)
+        self._terminal = console.is_terminal
+        self._console = console
+        self._target: float | None = None
+        self._first: tuple[float, int] | None = None
+        self._phase = ""
+
+    def __enter__(self) -> ProgressLine:
+        """Starts the line."""
+        if self._terminal:
+            self._live.start()
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        """Takes the line away."""
+        if self._terminal:
+            self._live.stop()
+
+    def __call__(self, progress: dict[str, Any]) -> None:
+        """Shows the latest progress."""
+        if not progress:
+            return
+        if "plan" in progress:
+            self._target = progress["plan"].target_epsilon
+        phase = progress.get("phase", "")
+        if not self._terminal:
+            # In a log file: one line a phase is enough.
+            if phase != self._phase:
+                self._console.print(f"{phase} …")
+                self._phase = phase
+            return
+        self._live.update(Text(self.line(progress), no_wrap=True, overflow="ellipsis"))
+
+    def line(self, progress: dict[str, Any]) -> str:
+        """The text of the line."""
+        if progress.get("phase") != "training":
+            return f"{progress.get('phase', '')} …"
+        step, steps = progress["step"], progress["steps"]
+        now = time.monotonic()
+        if self._first is None:
+            self._first = (now, step)
+        began, first = self._first
+        left = "–"
+        if step > first:
+            left = _clock((now - began) / (step - first) * (steps - step))
+        epsilon = progress["epsilon"]
+        privacy = "not private"
+        if math.isfinite(epsilon):
+            privacy = f"ε {epsilon:.2f}"
+            if self._target:
+                privacy += f" of {self._target:g}"
+        parts = [
+            f"step {step}/{steps}",
+            f"loss {progress['loss']:.4f}",
+            privacy,
+            f"{progress['examples_per_second']:,.0f} examples/s",
+            f"{left} left",
+        ]
+        return "  ".join(parts)
+
+
+def _clock(seconds: float) -> str:
+    minutes, rest = divmod(int(seconds), 60)
+    hours, minutes = divmod(minutes, 60)
+    return f"{hours}:{minutes:02d}:{rest:02d}" if hours else f"{minutes}:{rest:02d}"
+
+
+def watched_fit(config: RunConfig, *, verbose: bool = False) -> tuple[dict[str, Any], Path]:
+    """Trains with a live line.
+
+    Returns:
+        The summary and the run folder.
+    """
+    from dist_dp.cluster.trainer import Trainer
+
+    with ProgressLine(Console(stderr=True)) as line:
+        trainer = Trainer(config, verbose=verbose, watch=line)
+        summary = trainer.fit()
+    assert trainer.run_folder is not None
+    return summary, trainer.run_folder
+
+
+def print_summary(summary: dict[str, Any], folder: Path) -> None:
+    """Prints a run's result and where to find it."""
+    console = Console()
+
+    def number(key: str, form: str) -> str:
+        value = summary.get(key)
+        return "–" if value is None else format(value, form)
+
+    table = Table.grid(padding=(0, 2))
+    if summary["private"]:
+        table.add_row("privacy", f"ε = {number('epsilon', '.4g')}, δ = {number('delta', '.3g')}")
+        table.add_row(
+            "budget",
+            f"data set '{summary['dataset']}' has spent ε = "
+            f"{number('dataset_spent_epsilon', '.4g')} of "
+            f"{number('dataset_budget_epsilon', '.4g')}",
+        )
+    else:
+        why = "fixed seed" if summary.get("fixed_seed") else f"mechanism {summary['mechanism']}"
+        table.add_row("privacy", f"[bold red]NOT PRIVATE[/] ({why})")
+    best = f" (best possible {summary['best_auc']:.4f})" if summary.get("best_auc") else ""
+    table.add_row(
+        "quality",
+        f"AUC {number('auc', '.4f')}{best}, normalized entropy "
+        f"{number('normalized_entropy', '.4f')}, log-loss {number('log_loss', '.4f')}",
+    )
+    table.add_row(
+        "speed",
+        f"{number('examples_per_second', ',.0f')} examples/s, {number('step_ms', '.1f')} ms a step, "
+        f"{summary['world_size']} worker(s)",
+    )
+    table.add_row("steps", f"{summary['steps']} of {summary['planned_steps']}, {summary['status']}")
+    if summary.get("budget_refusal"):
+        table.add_row("stopped", summary["budget_refusal"])
+    shown = _relative(folder)
+    table.add_row("run", f"{shown}  (private; report.html is the page to read)")
+    table.add_row("model", f"{shown / 'release'}  (covered by the guarantee)")
+    console.print(table)
+
+
+def _relative(folder: Path) -> Path:
+    try:
+        return folder.relative_to(Path.cwd())
+    except ValueError:
+        return folder

@@ -1,0 +1,205 @@
+"""``dist-dp plan``: what a run would be, before anything runs."""
+
+from __future__ import annotations
+
+from collections import defaultdict
+from typing import Any
+
+from rich.console import Console
+from rich.table import Table
+
+from dist_dp.cluster import quiet
+from dist_dp.cluster.config import RunConfig
+from dist_dp.cluster.job import make_plan
+from dist_dp.datasets.schema import DataSchema
+from dist_dp.errors import ConfigError
+from dist_dp.plan import PrivacyPlan
+
+HISTORY_BYTES_A_ROW = 4
+_OPTIMIZER_BYTES = {"sgd": 0, "adagrad": 4, "rowwise_adagrad": 0}
+
+
+def make_report(
+    config: RunConfig, *, num_records: int | None = None, verbose: bool = False
+) -> dict[str, Any]:
+    """Plans noise, steps, memory and sharding.
+
+    Args:
+        config: The configuration.
+        num_records: Training records, to plan without reading data (the format's default schema
+            or the declared one is used then).
+        verbose: Let libraries log.
+
+    Returns:
+        Simple types.
+
+    Raises:
+        ConfigError: Something does not fit together.
+    """
+    quiet.apply(verbose)
+    if num_records is None:
+        from dist_dp.cluster.prepare import prepare
+
+        prepared = prepare(config)
+        schema, plan, dataset = prepared.schema, prepared.plan, prepared.dataset
+    else:
+        schema, dataset = _declared_schema(config), config.data.name or "not named"
+        plan = make_plan(config, num_records)
+    tables = _tables(config, schema, plan)
+    memory = _memory_by_worker(config, tables, plan)
+    private = plan.is_private
+    return {
+        "dataset": dataset,
+        "mechanism": plan.mechanism,
+        "epsilon": plan.epsilon() if private else None,
+        "delta": plan.delta if private else None,
+        "noise_multiplier": plan.noise_multiplier,
+        "max_grad_norm": plan.max_grad_norm,
+        "num_records": plan.num_records,
+        "expected_batch_size": plan.expected_batch_size,
+        "sample_rate": plan.sample_rate,
+        "steps": plan.steps,
+        "epochs": plan.steps * plan.expected_batch_size / plan.num_records,
+        "num_workers": config.cluster.num_workers,
+        "memory_bytes_by_worker": memory,
+        "tables": tables,
+        "statement": plan.statement(),
+    }
+
+
+def _declared_schema(config: RunConfig) -> DataSchema:
+    from dist_dp.datasets.readers import criteo, movielens
+
+    data = config.data
+    if data.columns is not None:
+        schema = data.columns
+    elif data.format == "criteo":
+        schema = criteo.default_schema()
+    elif data.format == "movielens-100k":
+        schema = movielens.default_schema("100k")
+    elif data.format == "movielens-1m":
+        schema = movielens.default_schema("1m")
+    else:
+        raise ConfigError(
+            "data.format: planning without data needs a format with a schema of its own (criteo, "
+            "movielens-100k, movielens-1m) or data.columns"
+        )
+    return schema.with_num_embeddings(data.num_embeddings, data.max_num_embeddings)
+
+
+def _tables(config: RunConfig, schema: DataSchema, plan: PrivacyPlan) -> list[dict[str, Any]]:
+    """Every shard of every table, as the workers would hold it."""
+    from dist_dp.cluster.models import build_model
+    from dist_dp.shard_model import quiet_torchrec
+    from dist_dp.sharding import (
+        TableOptimizer,
+        embedding_collections,
+        plan_sharding,
+        table_configs,
+    )
+
+    model = build_model(config.model, schema)
+    workers = config.cluster.num_workers
+    with quiet_torchrec():
+        plans = plan_sharding(
+            model,
+            config.model.sharding,
+            world_size=workers,
+            device_type="cuda" if config.cluster.use_gpu else "cpu",
+            batch_size=max(1, int(plan.expected_batch_size / workers)),
+            optimizer=TableOptimizer(config.train.table_optimizer),
+        )
+    tables: list[dict[str, Any]] = []
+    for path, collection in embedding_collections(model).items():
+        for table in table_configs(collection):
+            parameter = plans[path][table.name]
+            shards = []
+            if parameter.sharding_type == "data_parallel":
+                size = [table.num_embeddings, table.embedding_dim]
+                shards = [{"rank": r, "size": size} for r in range(workers)]
+            else:
+                for shard in parameter.sharding_spec.shards:
+                    shards.append({"rank": shard.placement.rank(), "size": list(shard.shard_sizes)})
+            tables.append(
+                {
+                    "table": f"{path}.{table.name}",
+                    "rows": table.num_embeddings,
+                    "dim": table.embedding_dim,
+                    "kind": parameter.sharding_type,
+                    "bytes": 4 * table.num_embeddings * table.embedding_dim,
+                    "shards": shards,
+                }
+            )
+    return tables
+
+
+def _memory_by_worker(
+    config: RunConfig, tables: list[dict[str, Any]], plan: PrivacyPlan
+) -> list[dict[str, int]]:
+    """Weights, history and optimizer state of each worker's shards; a lower bound of its need."""
+    workers: defaultdict[int, dict[str, int]] = defaultdict(
+        lambda: {"weights": 0, "history": 0, "optimizer": 0}
+    )
+    state = _OPTIMIZER_BYTES[config.train.table_optimizer]
+    for table in tables:
+        for shard in table["shards"]:
+            rows, columns = shard["size"]
+            entry = workers[shard["rank"]]
+            entry["weights"] += 4 * rows * columns
+            entry["history"] += HISTORY_BYTES_A_ROW * rows
+            entry["optimizer"] += state * rows * columns
+            if config.train.table_optimizer == "rowwise_adagrad":
+                entry["optimizer"] += 4 * rows
+    del plan
+    return [workers[r] for r in range(config.cluster.num_workers)]
+
+
+def print_report(report: dict[str, Any]) -> None:
+    """Prints a plan for a person."""
+    console = Console()
+    head = Table.grid(padding=(0, 2))
+    if report["epsilon"] is None:
+        head.add_row("privacy", f"[bold red]none[/] (mechanism {report['mechanism']})")
+    else:
+        head.add_row("privacy", f"ε = {report['epsilon']:.4g}, δ = {report['delta']:.3g}")
+        head.add_row("noise multiplier", f"{report['noise_multiplier']:.4g}")
+        head.add_row("clip norm", f"{report['max_grad_norm']:g}")
+    head.add_row("mechanism", report["mechanism"])
+    head.add_row("records", f"{report['num_records']:,} (data set '{report['dataset']}')")
+    head.add_row(
+        "expected batch",
+        f"{report['expected_batch_size']:g} over {report['num_workers']} worker(s), sample rate "
+        f"{report['sample_rate']:.4g}",
+    )
+    head.add_row("steps", f"{report['steps']:,} ({report['epochs']:.2f} epochs)")
+    console.print(head)
+    memory = Table(title="memory per worker", title_justify="left")
+    for column in ("worker", "weights", "history", "optimizer", "total"):
+        memory.add_column(column, justify="right")
+    for number, entry in enumerate(report["memory_bytes_by_worker"]):
+        values = [entry["weights"], entry["history"], entry["optimizer"]]
+        memory.add_row(str(number), *(size_text(v) for v in (*values, sum(values))))
+    console.print(memory)
+    sharding = Table(title="sharding", title_justify="left")
+    for column in ("table", "rows", "dim", "kind", "workers", "size"):
+        sharding.add_column(column)
+    for table in report["tables"]:
+        ranks = sorted({s["rank"] for s in table["shards"]})
+        sharding.add_row(
+            table["table"].rpartition(".")[2],
+            f"{table['rows']:,}",
+            str(table["dim"]),
+            table["kind"],
+            ",".join(map(str, ranks)) if len(ranks) <= 8 else f"{len(ranks)} workers",
+            size_text(table["bytes"]),
+        )
+    console.print(sharding)
+
+
+def size_text(count: float) -> str:
+    """Bytes for a person."""
+    for unit in ("B", "KiB", "MiB", "GiB"):
+        if count < 1024:
+            return f"{count:.0f} {unit}" if unit == "B" else f"{count:.1f} {unit}"
+        count /= 1024
+    return f"{count:.1f} TiB"

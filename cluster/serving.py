@@ -1,0 +1,163 @@
+"""Uses of a released model: evaluate, predict, export."""
+
+from __future__ import annotations
+
+import errno
+import shutil
+import tempfile
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from rich.console import Console
+from rich.table import Table
+
+from dist_dp.cluster import quiet
+from dist_dp.cluster.config import ModelConfig
+from dist_dp.cluster.run_folder import release_of
+from dist_dp.datasets.schema import DataSchema
+from dist_dp.errors import ReleaseError
+from dist_dp.release import Release
+
+
+@contextmanager
+def _records(schema: DataSchema, data: str, skip_bad_rows: bool) -> Iterator[Any]:
+    """Records in the training format, or the test split of a converted store."""
+    from dist_dp.datasets.convert import convert
+    from dist_dp.datasets.readers import detect_format
+    from dist_dp.datasets.store import ArrowStore
+
+    if (Path(data) / "manifest.json").is_file():
+        store = ArrowStore.open(data, verify=True, schema=schema)
+        names = store.split_names()
+        yield store.split("test" if "test" in names else names[0])
+        return
+    with tempfile.TemporaryDirectory(prefix="dist-dp-") as folder:
+        destination = Path(folder) / "store"
+        convert(
+            data,
+            destination,
+            format=detect_format(Path(data)),
+            schema=schema,
+            split=None,
+            skip_bad_rows=skip_bad_rows,
+        )
+        yield ArrowStore.open(destination, schema=schema).split("all")
+
+
+def load_model(run: str | Path) -> tuple[torch.nn.Module, DataSchema]:
+    """Loads a released model that was trained from the command line, unsharded.
+
+    Args:
+        run: Run folder, or a released model.
+
+    Returns:
+        The model in evaluation mode, and the schema of its data.
+
+    Raises:
+        ReleaseError: It is no release, or was made by the Python API from a model that this
+            package cannot build (use ``dist_dp.release.load_release`` with the model then).
+    """
+    from dist_dp.cluster.models import build_model
+
+    release = Release.open(release_of(run))
+    info = release.manifest.get("model")
+    if not info:
+        raise ReleaseError(
+            f"'{release.folder}' does not say how its model is built (it was made by the Python "
+            "API): use dist_dp.release.load_release(folder, model) with your model"
+        )
+    schema = DataSchema.model_validate(info["columns"])
+    model = build_model(ModelConfig.model_validate(info["model"]), schema, meta_tables=False)
+    release.load_into(model)
+    return model.eval(), schema
+
+
+def evaluate_release(
+    run: str | Path,
+    data: str,
+    *,
+    batch_size: int = 8192,
+    skip_bad_rows: bool = False,
+    verbose: bool = False,
+) -> dict[str, float]:
+    """Evaluates a released model on records; see :func:`dist_dp.cluster.evaluation.metrics_of`."""
+    quiet.apply(verbose)
+    from dist_dp.cluster.evaluation import evaluate
+
+    model, schema = load_model(run)
+    with _records(schema, data, skip_bad_rows) as dataset:
+        return evaluate(model, dataset, batch_size=batch_size, device=torch.device("cpu"))
+
+
+@torch.no_grad()
+def predict_release(
+    run: str | Path, data: str, out: Path, *, batch_size: int = 8192, verbose: bool = False
+) -> int:
+    """Writes the predicted probability of every record to a Parquet file, in their order.
+
+    Returns:
+        Number of predictions.
+    """
+    import pyarrow as pa
+    import pyarrow.parquet as pq
+
+    from dist_dp.cluster.models import logits_of
+
+    quiet.apply(verbose)
+    model, schema = load_model(run)
+    layout = pa.schema([("probability", pa.float32())])
+    with (
+        _records(schema, data, skip_bad_rows=False) as dataset,
+        pq.ParquetWriter(out, layout) as writer,
+    ):
+        for start in range(0, len(dataset), batch_size):
+            indices = np.arange(start, min(len(dataset), start + batch_size), dtype=np.int64)
+            probability = torch.sigmoid(logits_of(model, dataset.batch(indices)))
+            writer.write_table(pa.table([pa.array(probability.numpy())], schema=layout))
+        return len(dataset)
+
+
+def export_release(run: str | Path, to: Path) -> Path:
+    """Copies a release, checked, under a temporary name first.
+
+    Raises:
+        ReleaseError: The destination exists, the release is damaged, or the disk is full.
+    """
+    release = Release.open(release_of(run))
+    if to.exists():
+        raise ReleaseError(f"'{to}' exists; choose another folder or remove it first")
+    partial = to.with_name(f".{to.name}.partial")
+    shutil.rmtree(partial, ignore_errors=True)
+    try:
+        partial.parent.mkdir(parents=True, exist_ok=True)
+        partial.mkdir()
+        for name in [*release.manifest["files"], "release.json"]:
+            (partial / name).parent.mkdir(parents=True, exist_ok=True)
+            shutil.copyfile(release.folder / name, partial / name)
+        Release.open(partial)
+        partial.rename(to)
+    except OSError as error:
+        shutil.rmtree(partial, ignore_errors=True)
+        if error.errno == errno.ENOSPC:
+            raise ReleaseError(
+                f"could not export to '{to}': the disk is full. Nothing was left there; free some "
+                "space, or export to another place."
+            ) from error
+        raise ReleaseError(f"could not export to '{to}': {error}") from error
+    except BaseException:
+        shutil.rmtree(partial, ignore_errors=True)
+        raise
+    return to
+
+
+def print_metrics(metrics: dict[str, float]) -> None:
+    """Prints metrics for a person."""
+    table = Table.grid(padding=(0, 2))
+    for name, value in metrics.items():
+        text = f"{value:,.0f}" if name == "examples" else f"{value:.5f}"
+        table.add_row(name.replace("_", " "), text)
+    Console().print(table)

@@ -83,6 +83,7 @@ class CutEmbeddings(nn.Module):
         self.path = path
         self.configs = table_configs(collection)
         self.pooled = hasattr(collection, "embedding_bag_configs")
+        self.weighted = bool(self.pooled and collection.is_weighted())  # type: ignore[operator]
         self.output_names: list[list[str]] = get_embedding_names_by_table(self.configs)
         self.shards: list[TableShard] = []
         self.fused: list[Any] = []
@@ -182,6 +183,9 @@ class CutEmbeddings(nn.Module):
             DataError: An id lies outside its table.
             ModelError: The id weights are themselves trained.
         """
+        if self.pooled and not self.weighted and features.weights_or_none() is not None:
+            # The unsharded collection ignores them, the sharded one would not.
+            features = _without_weights(features)
         self._check(features)
         self._bound_rate = 1.0 if self.linear else self.learning_rate()
         for fused in self.fused:
@@ -357,6 +361,17 @@ class CutEmbeddings(nn.Module):
         self._calls.clear()
         for replica in self.replicas:
             replica.clear()
+
+
+def _without_weights(features: Any) -> Any:
+    from torchrec import KeyedJaggedTensor
+
+    return KeyedJaggedTensor(
+        keys=features.keys(),
+        values=features.values(),
+        lengths=features.lengths(),
+        stride=features.stride(),
+    )
 
 
 def _entry_weights(bag: Any, mean: bool) -> Tensor | None:

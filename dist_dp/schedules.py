@@ -76,6 +76,9 @@ def learning_rate_at(schedule: ScheduleConfig, step: int) -> float:
         assert schedule.total_steps is not None
         progress = min(1.0, after / (schedule.total_steps - schedule.warmup_steps))
         final = schedule.final_fraction or 0.0
+        if progress == 1.0:
+            # Exactly: cos(pi/2) rounds to 6e-17, whose square is no learning rate anybody meant.
+            return schedule.base * final
         # 1 + cos(x) = 2 cos^2(x/2): no cancellation where the rate is small
         return schedule.base * (final + (1.0 - final) * math.cos(math.pi * progress / 2.0) ** 2)
     if schedule.kind == "step":

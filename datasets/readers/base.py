@@ -92,6 +92,7 @@ class Reader(ABC):
         good = np.ones(columns.num_rows, dtype=bool)
         for problem in problems:
             fresh = problem.rows[good[problem.rows]]  # a row counts once, under its first reason
-            self.skipped[problem.reason] += len(fresh)
-            good[fresh] = False
+            if len(fresh):
+                self.skipped[problem.reason] += len(fresh)
+                good[fresh] = False
         return batch.take(np.flatnonzero(good))

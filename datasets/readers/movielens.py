@@ -46,20 +46,18 @@ _FILES = {"100k": ("u.data", "u.user", "u.item"), "1m": ("ratings.dat", "users.d
 
 
 def default_schema(
-    variant: str = "100k", *, side_features: bool = True, timestamp: bool | None = None
+    variant: str = "100k", *, side_features: bool = True, timestamp: bool = True
 ) -> DataSchema:
-    """Label: rating of 4 or more; user, item, gender, occupation, genres, age, release year.
+    """Label: rating of 4 or more; user, item, gender, occupation, genres; time, age, release year.
 
     Args:
         variant: ``100k`` or ``1m``.
         side_features: False when only the ratings file is at hand.
-        timestamp: Whether the time of the rating is a dense feature. By default only without
-            side features, where it is the only dense one.
+        timestamp: Whether the time of the rating is a dense feature. Without side features it
+            is the only one.
     """
     users, items = _IDS[variant]
     start, span = _TIME[variant]
-    if timestamp is None:
-        timestamp = not side_features
     dense = []
     sparse = [
         SparseFeature(name="user_id", num_embeddings=users, hashed=False),
@@ -73,9 +71,10 @@ def default_schema(
             DenseFeature(name="release_year", shift=1985, scale=15, missing=1985),
         ]
         sparse += [
-            SparseFeature(name="gender", num_embeddings=64),
-            SparseFeature(name="occupation", num_embeddings=1024),
-            SparseFeature(name="genres", num_embeddings=1024, ragged=True),
+            # Sizes at which the publicly listed tokens fall into rows of their own.
+            SparseFeature(name="gender", num_embeddings=8),
+            SparseFeature(name="occupation", num_embeddings=768),
+            SparseFeature(name="genres", num_embeddings=256, ragged=True),
         ]
     return DataSchema(label="rating", label_threshold=4.0, dense=tuple(dense), sparse=tuple(sparse))
 

@@ -164,7 +164,7 @@ def _try_parse(lines: list[bytes], names: Sequence[str], types: dict[str, Any]) 
                 column_names=list(names), use_threads=False, block_size=len(data) + 1
             ),
             parse_options=pacsv.ParseOptions(
-                delimiter="\t", quote_char=False, ignore_empty_lines=False
+                delimiter="\t", quote_char=False, ignore_empty_lines=True
             ),
             convert_options=pacsv.ConvertOptions(
                 column_types=types,
@@ -176,7 +176,7 @@ def _try_parse(lines: list[bytes], names: Sequence[str], types: dict[str, Any]) 
         )
     except pa.ArrowInvalid as error:
         return str(error)
-    if table.num_rows != len(lines):
+    if table.num_rows != len(lines):  # an empty line, or a lone carriage return
         return f"{table.num_rows} rows in {len(lines)} lines"
     return table
 

@@ -13,7 +13,7 @@ against a sample of eager runs. The level is 1e-3 for all tests of one sample to
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable
+from collections.abc import Callable
 
 import numpy as np
 import pytest
@@ -38,7 +38,10 @@ START = (0.5, -1.0, 2.0)
 TRAINED = {3: 0, 8: 0}  # step to the row its batch looks up
 EVALUATED = {4: 1}  # after this many steps, row 1 is read
 FEEDBACK = 0.6  # the gradient is 1 + FEEDBACK * (value read)
-READINGS = ("row 0 before step 3", "row 0 before step 8", "row 0", "row 1 at step 4", "row 1", "row 2")
+READINGS = (
+    *("row 0 before step 3", "row 0 before step 8", "row 0"),
+    *("row 1 at step 4", "row 1", "row 2"),
+)
 Samples = NDArray[np.float64]
 Make = Callable[[NoiseSchedule], Mechanism]
 
@@ -113,6 +116,11 @@ def exact_law() -> tuple[NDArray[np.float64], NDArray[np.float64]]:
 
 def law_p_values(found: Samples, eager: Samples) -> dict[str, float]:
     """p-values of every comparison of a sample with the exact law and with eager runs."""
+    with np.errstate(all="ignore"):  # a faulty sample may have no variance: its p-values are nan
+        return _p_values(found, eager)
+
+
+def _p_values(found: Samples, eager: Samples) -> dict[str, float]:
     mean, covariance = exact_law()
     p: dict[str, float] = {}
     n, m = len(found), len(eager)
@@ -149,11 +157,10 @@ def _two_sided(law: object, value: float) -> float:
     return float(2 * min(law.cdf(value), law.sf(value)))  # type: ignore[attr-defined]
 
 
-def check_same_law(found: Samples, eager: Samples) -> None:
-    """Fails at level 1e-3 in all."""
+def rejected(found: Samples, eager: Samples) -> dict[str, float]:
+    """The comparisons that reject, at level 1e-3 in all."""
     p = law_p_values(found, eager)
-    wrong = {name: value for name, value in p.items() if not value > LEVEL / len(p)}
-    assert not wrong, wrong
+    return {name: value for name, value in p.items() if not value > LEVEL / len(p)}
 
 
 @pytest.fixture(scope="module")
@@ -162,11 +169,11 @@ def eager() -> Samples:
 
 
 def test_lazy_runs_have_the_law_of_eager_runs(eager: Samples) -> None:
-    check_same_law(runs(LazyDP, "lazy"), eager)
+    assert not rejected(runs(LazyDP, "lazy"), eager)
 
 
 def test_eager_runs_have_the_exact_law(eager: Samples) -> None:
-    check_same_law(eager, runs(DPSGD, "eager again"))
+    assert not rejected(eager, runs(DPSGD, "eager again"))
 
 
 def test_rows_are_uncorrelated_and_times_are_not() -> None:
@@ -229,29 +236,6 @@ class SquaredVariance(_Scaled):
         return scale * (step - from_steps).double().sqrt()
 
 
-class SharedNoise(LazyDP):
-    """Row 1 draws row 2's noise."""
-
-    def settle(self, shard: TableShard) -> None:
-        drawn = torch.zeros_like(shard.weight)
-        before = drawn.clone()
-        decay, scale = self.schedule.decay_and_scale(shard.last_step, self.schedule.step)
-        for row in range(3):
-            source = 2 if row == 1 else row
-            kernels.settle_rows(
-                before,
-                torch.tensor([row]),
-                key=shard.noise_key,
-                row_offset=source - row if source > row else 0,
-                from_steps=torch.tensor([0 if source != row or row == 2 else 1]),
-                to_step=self.schedule.step,
-                decay=0.0,
-                scale=scale[row : row + 1],
-            )
-        shard.weight.mul_(decay.float().unsqueeze(1)).add_(before)
-        shard.last_step.fill_(self.schedule.step)
-
-
 class SettledAfterReading(LazyDP):
     """The noise comes when the row has been read."""
 
@@ -262,35 +246,56 @@ class SettledAfterReading(LazyDP):
         super().before_lookup(shard, rows)
 
 
-class EveryIntervalTheSameNoise(LazyDP):
-    """Noise keyed by the row alone, not by its steps."""
+class _Drawn(LazyDP):
+    """Right decay and deviation, wrong normals."""
+
+    def normals(self, shard: TableShard, rows: Tensor) -> Tensor:
+        raise NotImplementedError
 
     def before_lookup(self, shard: TableShard, rows: Tensor) -> None:
-        self._settle(shard, rows)
-
-    def settle(self, shard: TableShard) -> None:
-        self._settle(shard, torch.arange(3))
-
-    def _settle(self, shard: TableShard, rows: Tensor) -> None:
         step = self.schedule.step
         decay, scale = self.schedule.decay_and_scale(shard.last_step[rows], step)
-        z = kernels.normal(shard.noise_key, rows, 0, 1, num_columns=COLUMNS)
-        value = decay.unsqueeze(1) * shard.weight[rows] + scale.unsqueeze(1) * z
-        shard.weight[rows] = value.float()
+        noise = scale.unsqueeze(1) * self.normals(shard, rows)
+        shard.weight[rows] = (decay.unsqueeze(1) * shard.weight[rows] + noise).float()
         shard.last_step[rows] = step
 
+    def settle(self, shard: TableShard) -> None:
+        self.before_lookup(shard, torch.arange(3))
 
-FAULTS: Iterable[type[Mechanism]] = (
-    NoFlush,
-    CurrentRate,
-    SquaredVariance,
-    SharedNoise,
-    SettledAfterReading,
-    EveryIntervalTheSameNoise,
-)
+
+class SharedNoise(_Drawn):
+    """Row 1 draws row 2's noise."""
+
+    def normals(self, shard: TableShard, rows: Tensor) -> Tensor:
+        source = torch.where(rows == 1, 2, rows)
+        step = self.schedule.step
+        return kernels.normal(shard.noise_key, source, step - 1, step, num_columns=COLUMNS)
+
+
+class SameNoiseAgain(_Drawn):
+    """Noise keyed by the row alone, not by its steps."""
+
+    def normals(self, shard: TableShard, rows: Tensor) -> Tensor:
+        return kernels.normal(shard.noise_key, rows, 0, 1, num_columns=COLUMNS)
+
+
+# Each fault, and a comparison that must see it.
+FAULTS: dict[type[Mechanism], str] = {
+    NoFlush: "variance of row 2",
+    CurrentRate: "variance of row 2",
+    SquaredVariance: "variance of row 2",
+    SharedNoise: "correlation of row 1 and row 2",
+    SettledAfterReading: "variance of row 0 before step 3",
+    SameNoiseAgain: "correlation of row 0 before step 3 and row 0 before step 8",
+}
 
 
 @pytest.mark.parametrize("fault", FAULTS)
 def test_a_fault_is_caught(fault: type[Mechanism], eager: Samples) -> None:
-    with pytest.raises(AssertionError):
-        check_same_law(runs(fault, fault.__name__), eager)
+    assert FAULTS[fault] in rejected(runs(fault, fault.__name__, RUNS // 4), eager)
+
+
+def test_the_faults_are_no_wider_than_they_say(eager: Samples) -> None:
+    """Sharing noise between rows leaves every single row's law as it is."""
+    wrong = rejected(runs(SharedNoise, "shared", RUNS // 4), eager)
+    assert not [name for name in wrong if name.startswith(("mean", "variance", "law"))]

@@ -29,9 +29,8 @@ def run_world(function: Callable[..., Any], world_size: int, *args: Any) -> list
         ensure_process_group()
         return [function(*args)]
     with tempfile.TemporaryDirectory(prefix="world-") as folder:
-        mp.start_processes(
-            _rank, args=(world_size, folder, function, args), nprocs=world_size, start_method="spawn"
-        )
+        arguments = (world_size, folder, function, args)
+        mp.start_processes(_rank, args=arguments, nprocs=world_size, start_method="spawn")
         return [
             pickle.loads((Path(folder) / f"result-{r}").read_bytes()) for r in range(world_size)
         ]

@@ -1,0 +1,207 @@
+"""The private loader and its leases: charged first, then drawn, one step a batch."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+from torch.utils.data import DataLoader, Dataset, IterableDataset
+
+from dist_dp.errors import BudgetError, ConfigError, DataError, DistDpError, LedgerError
+from dist_dp.leases import StepLeases
+from dist_dp.loader import DataLoaderSource, PoissonLoader, StoreSource, as_source
+from dist_dp.sampling import PoissonSampler
+from dist_dp.step_state import StepState
+from tests.dist_dp.placement import OpenHanded, records
+
+SECRET = bytes(range(32))
+
+
+class Numbers(Dataset[int]):
+    def __init__(self, count: int = 50) -> None:
+        self.count = count
+        self.log: list[Any] = []
+
+    def __len__(self) -> int:
+        return self.count
+
+    def __getitem__(self, index: int) -> int:
+        self.log.append(index)
+        return index
+
+
+class Stream(IterableDataset[int]):
+    def __iter__(self) -> Iterator[int]:
+        return iter(range(5))
+
+
+def loader(
+    steps: int = 6, rate: float = 0.2, lease: int = 2, budget: int = 10**6, data: Any = None
+) -> tuple[PoissonLoader, StepState, OpenHanded]:
+    data = data or DataLoader(Numbers(), batch_size=10)
+    accountant, state = OpenHanded(budget), StepState()
+    source = as_source(data)
+    leases = StepLeases(accountant, "run", steps, lease)
+    sampler = PoissonSampler(SECRET, len(source), rate)
+    return PoissonLoader(source, sampler, leases, state, steps), state, accountant
+
+
+def test_batches_are_the_samples_padded() -> None:
+    made, state, _ = loader()
+    sampler = PoissonSampler(SECRET, 50, 0.2)
+    assert len(made) == 6
+    for step, batch in enumerate(made, start=1):
+        wanted = sampler.sample(step)
+        assert state.batch_size == len(wanted)
+        assert batch[: len(wanted)].tolist() == wanted.tolist()
+        assert state.take(len(batch)).sum() == len(wanted)
+    assert made.steps_drawn == 6
+
+
+def test_an_empty_sample_is_a_step_of_padding() -> None:
+    made, state, _ = loader(steps=20, rate=0.01)
+    sizes = []
+    for batch in made:
+        sizes.append(state.batch_size)
+        assert len(batch) == max(1, state.batch_size)
+        assert int(state.take(len(batch)).sum()) == state.batch_size
+    assert len(sizes) == 20 and 0 in sizes
+
+
+def test_a_store_pads_with_empty_bags() -> None:
+    source = as_source(records())
+    assert isinstance(source, StoreSource) and len(source) == 40
+    batch = source.fetch(np.array([3, 7]), 4)
+    assert len(batch) == 4
+    for features in batch.sparse:
+        assert int(features.lengths().view(len(features.keys()), 4)[:, 2:].sum()) == 0
+
+
+def test_the_charge_comes_before_the_draw() -> None:
+    numbers = Numbers()
+    made, state, accountant = loader(data=DataLoader(numbers, batch_size=10))
+    order: list[str] = []
+    reserve = accountant.reserve
+
+    def noting(*args: Any) -> Any:
+        order.append(f"charge {args[1]}..{args[1] + args[2] - 1}")
+        assert made.steps_drawn == args[1] - 1
+        return reserve(*args)
+
+    accountant.reserve = noting  # type: ignore[method-assign]
+    for step, batch in enumerate(made, start=1):
+        order.append(f"draw {step}")
+        state.take(len(batch))
+    assert order == [
+        *("charge 1..2", "draw 1", "draw 2"),
+        *("charge 3..4", "draw 3", "draw 4"),
+        *("charge 5..6", "draw 5", "draw 6"),
+    ]
+    assert [c for c in accountant.calls if c[0] == "settle"] == [
+        ("settle", "lease-1", 2),
+        ("settle", "lease-3", 2),
+        ("settle", "lease-5", 2),
+    ]
+
+
+def test_what_never_began_is_given_back() -> None:
+    made, state, accountant = loader(lease=5)
+    for batch in made:
+        state.take(len(batch))
+        if state.step == 2:
+            made.stop()
+    assert accountant.calls == [("reserve", 1, 5), ("settle", "lease-1", 2)]
+
+
+@pytest.mark.parametrize("how", ["break", "error"])
+def test_a_loop_that_ends_early_keeps_the_ledger_right(how: str) -> None:
+    made, state, accountant = loader(lease=5)
+
+    def train() -> None:
+        for batch in made:
+            state.take(len(batch))
+            if state.step == 3:
+                if how == "break":
+                    break
+                raise KeyboardInterrupt
+
+    if how == "break":
+        train()
+    else:
+        with pytest.raises(KeyboardInterrupt) as error:
+            train()
+        del error
+    import gc
+
+    gc.collect()
+    assert accountant.calls[-1] == ("settle", "lease-1", 3)
+    # Going on starts where the first loop ended.
+    steps = []
+    for batch in made:
+        steps.append(state.step)
+        state.take(len(batch))
+    assert steps == [4, 5, 6]
+
+
+def test_a_used_up_budget_ends_the_iteration() -> None:
+    made, state, accountant = loader(budget=4)
+    drawn = 0
+    for batch in made:
+        state.take(len(batch))
+        drawn += 1
+    assert drawn == 4
+    assert made.leases.refusal == "the budget of data set 'clicks' is used up"
+    assert ("reserve", 5, 2) in accountant.calls and made.leases.epsilon_charged == 0.5
+
+
+def test_other_errors_of_the_ledger_reach_the_user() -> None:
+    made, _, accountant = loader()
+
+    def broken(*_: Any) -> Any:
+        raise LedgerError("the ledger is locked")
+
+    accountant.reserve = broken  # type: ignore[method-assign]
+    with pytest.raises(LedgerError, match="locked"):
+        next(iter(made))
+
+
+def test_one_step_a_batch() -> None:
+    made, _, _ = loader()
+    batches = iter(made)
+    next(batches)
+    with pytest.raises(DistDpError, match="drawn but never stepped"):
+        next(batches)
+
+
+def test_what_cannot_be_sampled() -> None:
+    with pytest.raises(ConfigError, match="IterableDataset.*random access"):
+        DataLoaderSource(DataLoader(Stream(), batch_size=2))
+    with pytest.raises(ConfigError, match="data_loader is a list"):
+        as_source([1, 2])
+    with pytest.raises(DataError, match="empty"):
+        PoissonLoader(
+            as_source(DataLoader(Numbers(0))),
+            PoissonSampler(SECRET, 1, 0.5),
+            StepLeases(OpenHanded(), "run", 1),
+            StepState(),
+            1,
+        )
+    with pytest.raises(ValueError, match="accountant"):
+        StepLeases(None, "run", 1)
+
+
+def test_leases() -> None:
+    accountant = OpenHanded(5)
+    leases = StepLeases(accountant, "run", 8, 3)
+    assert all(leases.cover(step) for step in (1, 2, 3))
+    assert len(accountant.calls) == 1
+    leases.close(3)
+    leases.close(3)  # nothing is given back twice
+    assert accountant.calls == [("reserve", 1, 3), ("settle", "lease-1", 3)]
+    assert not leases.cover(4)
+    assert isinstance(leases.refusal, str) and torch.is_tensor(torch.zeros(1))
+    with pytest.raises(BudgetError):
+        accountant.reserve("run", 4, 3)

@@ -1,0 +1,243 @@
+"""What can go wrong around one private step, in a world of one."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor, nn
+from torchrec import KeyedJaggedTensor
+
+from dist_dp.distributed import ensure_process_group
+from dist_dp.errors import ConfigError, DataError, DistDpError, ModelError
+from dist_dp.private_model import PrivateModel
+from tests.dist_dp.clicks import Clicks, random_bags
+from tests.dist_dp.gradients import build, pieces
+from tests.dist_dp.models import BATCH, DENSE, bags
+
+ROWS = {"f0": 7, "f1": 11}
+
+
+class Small(nn.Module):
+    def __init__(self) -> None:
+        super().__init__()
+        self.pooled = bags({"a": (7, ["f0"]), "b": (11, ["f1"])}, 8)
+        self.top = nn.Sequential(nn.Linear(16 + DENSE, 6), nn.ReLU(), nn.Linear(6, 1))
+
+    def forward(self, dense: Tensor, sparse: KeyedJaggedTensor) -> Tensor:
+        return self.top(torch.cat([self.pooled(sparse).values(), dense], 1)).squeeze(1)
+
+
+@pytest.fixture(autouse=True)
+def world() -> None:
+    ensure_process_group()
+    torch.manual_seed(1)
+
+
+def data(seed: int = 1, weighted: bool = False) -> Clicks:
+    g = torch.Generator().manual_seed(seed)
+    dense = torch.randn(BATCH, DENSE, generator=g)
+    return Clicks(dense, (random_bags(ROWS, BATCH, g, weighted=weighted),), torch.ones(BATCH))
+
+
+def make(**options: Any) -> tuple[nn.Module, PrivateModel]:
+    model = Small()
+    optimizer = torch.optim.SGD(model.parameters(), lr=0.5)
+    return model, build(model, optimizer=optimizer, **options)
+
+
+def state(private: PrivateModel) -> list[Tensor]:
+    dense = [p.detach().clone() for p in private.recorder.parameters.values()]
+    return [*dense, *(p for _, p in sorted(pieces(private).items()))]
+
+
+def equal(a: list[Tensor], b: list[Tensor]) -> bool:
+    return all(torch.equal(x, y) for x, y in zip(a, b, strict=True))
+
+
+def begin(private: PrivateModel, step: int = 1) -> None:
+    private.state.begin(step, BATCH, BATCH)
+
+
+def loss(model: nn.Module, batch: Clicks) -> Tensor:
+    return model(*batch.inputs).square().mean()
+
+
+@pytest.mark.parametrize("when", ["before the forward", "between forward and backward", "never"])
+def test_zero_grad_where_users_put_it(when: str) -> None:
+    ends = []
+    for place in ("before the forward", when):
+        torch.manual_seed(1)
+        model, private = make()
+        for step in (1, 2):
+            begin(private, step)
+            if place == "before the forward":
+                private.optimizer.zero_grad()
+            value = loss(model, data(step))
+            if place == "between forward and backward":
+                private.optimizer.zero_grad()
+            value.backward()
+            private.optimizer.step()
+        ends.append(state(private))
+    assert equal(*ends)
+
+
+def test_zero_grad_drops_what_a_backward_left() -> None:
+    model, private = make()
+    begin(private)
+    loss(model, data(1)).backward()
+    private.optimizer.zero_grad()
+    value = loss(model, data(2))  # takes the place of the first, without an error
+    value.backward()
+    private.optimizer.step()
+    torch.manual_seed(1)
+    other, wanted = make()
+    begin(wanted)
+    loss(other, data(2)).backward()
+    wanted.optimizer.step()
+    assert equal(state(private), state(wanted))
+
+
+def test_zero_grad_lets_another_forward_take_over() -> None:
+    model, private = make()
+    begin(private)
+    loss(model, data(1))
+    private.optimizer.zero_grad()
+    loss(model, data(2)).backward()
+    private.optimizer.step()
+    assert private.mechanism.schedule.step == 1
+
+
+def test_a_second_forward_is_refused() -> None:
+    model, private = make()
+    begin(private)
+    value = loss(model, data())
+    with pytest.raises(ModelError, match="second forward"):
+        loss(model, data())
+    with torch.no_grad():
+        loss(model, data())
+    value.backward()
+    private.optimizer.step()
+
+
+@pytest.mark.parametrize("kind", ["table_wise", "row_wise", "column_wise", "data_parallel"])
+def test_a_backward_in_evaluation_moves_no_table(kind: str) -> None:
+    """A forgotten model.train() must not send unclipped gradients to the fused update."""
+    model, private = make(kind=kind, sigma=1.0)
+    before = state(private)
+    model.eval()
+    begin(private)
+    value = loss(model, data())
+    value.backward()
+    assert equal(state(private), before)
+    with pytest.raises((DistDpError, ModelError), match=r"training mode|outside its layer"):
+        private.optimizer.step()
+    assert equal(state(private), before)
+    private.optimizer.zero_grad()
+    model.train()
+    loss(model, data()).backward()
+    private.optimizer.step()
+
+
+def test_a_step_without_forward() -> None:
+    _, private = make()
+    begin(private)
+    with pytest.raises(DistDpError, match=r"model\.train\(\)"):
+        private.optimizer.step()
+
+
+def test_a_batch_of_another_size() -> None:
+    model, private = make()
+    private.state.begin(1, BATCH - 1, BATCH - 1)
+    loss(model, data()).backward()
+    with pytest.raises(DistDpError, match=f"saw {BATCH} examples.*gave {BATCH - 1}"):
+        private.optimizer.step()
+
+
+def test_a_gradient_that_is_not_finite() -> None:
+    model, private = make()
+    before = state(private)
+    begin(private)
+    batch = data()
+    batch.dense[2, 0] = float("nan")
+    loss(model, batch).backward()
+    with pytest.raises(ModelError, match=r"step 1.*not finite"):
+        private.optimizer.step()
+    assert equal(state(private), before)
+
+
+@pytest.mark.parametrize("kind", ["table_wise", "data_parallel"])
+def test_a_penalty_on_weights(kind: str) -> None:
+    model, private = make(kind=kind)
+    for parameters, word in (
+        (list(model.top.parameters()), "top"),
+        (list(model.pooled.parameters()), "pooled"),
+    ):
+        begin(private)
+        private.state.is_real = torch.ones(BATCH, dtype=torch.bool)
+        penalty = sum(p.square().sum() for p in parameters)
+        (loss(model, data()) + penalty).backward()
+        with pytest.raises(ModelError, match=f"{word}.*weight_decay"):
+            private.optimizer.step()
+        private.state.is_real = None
+        private.optimizer.zero_grad()
+        for p in model.parameters():
+            p.grad = None
+
+
+@pytest.mark.parametrize("kind", ["table_wise", "data_parallel"])
+def test_weights_that_an_unweighted_collection_ignores(kind: str) -> None:
+    model = Small()
+    batch = data(weighted=True)
+    wanted = model(*batch.inputs).detach()
+    private = build(model, kind=kind)
+    torch.testing.assert_close(model(*batch.inputs).detach(), wanted)
+    private.optimizer.zero_grad()
+    model.eval()
+    torch.testing.assert_close(model(*batch.inputs), wanted)
+
+
+@pytest.mark.parametrize("wrong", [-1, 7])
+def test_an_id_out_of_range(wrong: int) -> None:
+    model, private = make()
+    batch = data()
+    batch.sparse[0]["f0"].values()[0] = wrong
+    begin(private)
+    with pytest.raises(DataError, match=rf"'f0' holds the id {wrong}.*'a' of 7 rows"):
+        loss(model, batch)
+
+
+def test_noise_is_owed_before_the_update(monkeypatch: pytest.MonkeyPatch) -> None:
+    """A step that breaks half-way leaves tables whose release still holds the step's noise."""
+    model, private = make(sigma=1.0)
+    begin(private)
+    loss(model, data()).backward()
+    monkeypatch.setattr(private.cuts[0], "backward", _disk_on_fire)
+    before = pieces(private)
+    with pytest.raises(OSError, match="fire"):
+        private.optimizer.step()
+    private.settle()
+    after = pieces(private)
+    assert all(bool((before[k] != after[k]).all()) for k in before)
+
+
+def _disk_on_fire(*_: Any) -> None:
+    raise OSError("fire")
+
+
+def test_buffers_that_move() -> None:
+    model, private = make()
+    private.check_fixed_unchanged()
+    model.register_buffer("mean_click", torch.ones(1))
+    with pytest.raises(ModelError, match="'mean_click'"):
+        private.check_fixed_unchanged()
+
+
+def test_sharding_that_cannot_be() -> None:
+    with pytest.raises(ConfigError, match=r"'c'.*\['a', 'b'\]"):
+        make(kind={"c": "row_wise"})
+    with pytest.raises(ConfigError, match=r"'a'.*'diagonal'"):
+        make(kind={"a": "diagonal"})
+    with pytest.raises(ModelError, match="no torchrec"):
+        build(nn.Sequential(nn.Linear(2, 2)))

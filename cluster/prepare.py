@@ -77,6 +77,8 @@ def open_data(config: RunConfig, *, progress: bool = True) -> tuple[ArrowStore, 
         split_seed=data.split_seed,
         skip_bad_rows=data.skip_bad_rows,
         progress=progress,
+        # A store of our own choosing that no longer fits (the source changed) is made anew.
+        overwrite=data.store is None,
     )
     schema = manifest.data_schema.with_num_embeddings(**sizes)
     return ArrowStore.open(destination, schema=schema), schema

@@ -19,7 +19,6 @@ _HOMES = {
     "DenseFeature": "schema",
     "Manifest": "manifest",
     "SparseFeature": "schema",
-    "convert": "store",
     "open_reader": "readers",
     "write_criteo_like": "synthetic",
 }
@@ -32,7 +31,6 @@ __all__ = [
     "DenseFeature",
     "Manifest",
     "SparseFeature",
-    "convert",
     "open_reader",
     "write_criteo_like",
 ]

@@ -89,7 +89,7 @@ class OptimizerSettings:
         """The same kind of optimizer over the dense parameters alone; None if there are none."""
         if not parameters:
             return None
-        return self.kind(list(parameters.values()), **self.defaults)  # type: ignore[call-arg]
+        return self.kind(list(parameters.values()), **self.defaults)
 
 
 def optimizer_settings(

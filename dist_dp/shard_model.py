@@ -4,7 +4,9 @@ from __future__ import annotations
 
 import logging
 import math
-from collections.abc import Mapping
+import warnings
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
 
 import torch
 import torch.distributed as dist
@@ -69,18 +71,17 @@ def shard_model(
     device = device or _device_of(model, collections)
     # Sharded gradients must be sums: TorchRec would divide them by the world size.
     set_gradient_division(False)
-    plan = (
-        plan_sharding(
-            model,
-            sharding,
-            world_size=world_size(),
-            device_type=device.type,
-            batch_size=batch_size,
-            optimizer=optimizer,
-        )
-        if rank() == 0
-        else {}
-    )
+    plan = {}
+    if rank() == 0:
+        with quiet_torchrec():
+            plan = plan_sharding(
+                model,
+                sharding,
+                world_size=world_size(),
+                device_type=device.type,
+                batch_size=batch_size,
+                optimizer=optimizer,
+            )
     plan = broadcast_object(plan)
     env = ShardingEnv.from_process_group(dist.group.WORLD)
     sharders = make_sharders(optimizer)
@@ -163,12 +164,17 @@ def _place_dense(model: nn.Module, cuts: list[CutEmbeddings], device: torch.devi
                 dist.broadcast(tensor.data, src=0)
 
 
-class quiet_torchrec:
-    """Keeps TorchRec's information lines of sharding away from the user."""
+@contextmanager
+def quiet_torchrec() -> Iterator[None]:
+    """Keeps TorchRec's remarks on planning and sharding away from the user.
 
-    def __enter__(self) -> None:
-        self._level = logging.root.manager.disable
-        logging.disable(max(self._level, logging.INFO))
-
-    def __exit__(self, *_: object) -> None:
-        logging.disable(self._level)
+    They are about TorchRec's own interfaces; what a user can act on comes as an exception.
+    """
+    level = logging.root.manager.disable
+    logging.disable(max(level, logging.WARNING))
+    try:
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")
+            yield
+    finally:
+        logging.disable(level)

@@ -116,9 +116,9 @@ class DenseRecorder:
                     "so that the first dimension is the example"
                 )
             self.layers[name] = (module, rule)
-            for child, parameter in module.named_parameters():
+            for inner, parameter in module.named_parameters():
                 if parameter.requires_grad:
-                    self.parameters[f"{name}.{child}" if name else child] = parameter
+                    self.parameters[f"{name}.{inner}" if name else inner] = parameter
             return
         own = [n for n, p in module.named_parameters(recurse=False) if p.requires_grad]
         if own:
@@ -160,13 +160,16 @@ class DenseRecorder:
                 return output
             call = _Call(tuple(x.detach() for x in args if isinstance(x, Tensor)))
             self._calls.setdefault(name, []).append(call)
-            if isinstance(output, tuple):
-                others = (
-                    _Untapped.apply(o, self._anchor, name) if isinstance(o, Tensor) else o
-                    for o in output[1:]
-                )
-                return (_Tap.apply(output[0], self._anchor, call), *others)
-            return _Tap.apply(output, self._anchor, call)
+            # Functions of autograd carry no annotations.
+            tap: Any = _Tap.apply
+            refuse: Any = _Untapped.apply
+            if not isinstance(output, tuple):
+                return tap(output, self._anchor, call)
+            first, *others = output
+            return (
+                tap(first, self._anchor, call),
+                *(refuse(o, self._anchor, name) if isinstance(o, Tensor) else o for o in others),
+            )
 
         self._handles.append(layer.register_forward_pre_hook(before, with_kwargs=True))
         self._handles.append(layer.register_forward_hook(after, with_kwargs=True, always_call=True))

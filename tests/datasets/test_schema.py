@@ -95,3 +95,13 @@ def test_storage_hash_ignores_what_acts_in_the_batch_only() -> None:
         make(sparse=[SparseFeature(name="a", num_embeddings=100)]),
     ):
         assert other.storage_hash() != schema.storage_hash()
+
+
+def test_the_package_gives_every_name_it_lists() -> None:
+    import types
+
+    import dist_dp.datasets
+
+    for name in dist_dp.datasets.__all__:
+        # A submodule of the same name would hide the function.
+        assert not isinstance(getattr(dist_dp.datasets, name), types.ModuleType), name

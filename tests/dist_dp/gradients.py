@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import copy
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -46,9 +45,7 @@ def brute_force(
         sparse = tuple(_double_weights(k) for k in one.sparse)
         model.zero_grad()
         losses(model(one.dense.double(), *sparse), one.labels.double()).backward()
-        grads.append(
-            {n: p.grad.clone() for n, p in model.named_parameters() if p.grad is not None}
-        )
+        grads.append({n: p.grad.clone() for n, p in model.named_parameters() if p.grad is not None})
     norms = torch.stack([sum(g.square().sum() for g in gs.values()).sqrt() for gs in grads])
     middle = norms.sort().values[len(norms) // 2 - 1 :][:2]
     clip = clip or float(middle.mean())
@@ -195,7 +192,6 @@ def _relative(found: Tensor, wanted: Tensor) -> float:
 @contextmanager
 def _ignore_repeats() -> Iterator[None]:
     """Norms as if every id of a bag were another row."""
-    from dist_dp.clipping import table_norms
 
     def naive(uses: list[Any], num_rows: int, batch: int) -> Tensor:
         total = torch.zeros(batch)
@@ -204,7 +200,6 @@ def _ignore_repeats() -> Iterator[None]:
             total.index_add_(0, use.examples, each)
         return total
 
-    assert table_norms.squared_norms
     with mock.patch("dist_dp.cut.squared_norms", naive):
         yield
 
@@ -226,9 +221,7 @@ def _average_dense() -> Iterator[None]:
     """What DistributedDataParallel would do to the dense sums."""
     from dist_dp.distributed import all_reduce_sum
 
-    with mock.patch(
-        "dist_dp.optimizer.all_reduce_sum", lambda x: all_reduce_sum(x) / world_size()
-    ):
+    with mock.patch("dist_dp.optimizer.all_reduce_sum", lambda x: all_reduce_sum(x) / world_size()):
         yield
 
 
@@ -271,8 +264,3 @@ FAULTS: dict[str, Callable[[], Any]] = {
     "bias forgotten": _forget_bias,
     "padding counted": _count_padding,
 }
-
-
-def unsharded_copy(model: nn.Module) -> nn.Module:
-    """A copy to train by plain PyTorch."""
-    return copy.deepcopy(model)

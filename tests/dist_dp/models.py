@@ -41,9 +41,7 @@ def bags(
         )
         for name, (count, features) in rows.items()
     ]
-    return EmbeddingBagCollection(
-        tables=tables, is_weighted=weighted, device=torch.device(device)
-    )
+    return EmbeddingBagCollection(tables=tables, is_weighted=weighted, device=torch.device(device))
 
 
 class Mixed(nn.Module):
@@ -127,9 +125,7 @@ def _mixed(seed: int, weighted: bool) -> tuple[nn.Module, Clicks]:
     rows_a, rows_b, width = (int(torch.randint(4, 12, (), generator=g)) for _ in range(3))
     dim = 8 * (1 + seed % 2)
     model = Mixed(rows_a, rows_b, dim, width, weighted)
-    sparse = random_bags(
-        {"f0": rows_a, "f1": rows_a, "f2": rows_b}, BATCH, g, weighted=weighted
-    )
+    sparse = random_bags({"f0": rows_a, "f1": rows_a, "f2": rows_b}, BATCH, g, weighted=weighted)
     return model, _clicks(g, sparse, random_bags({"h0": 6, "h1": 6}, BATCH, g))
 
 
@@ -158,9 +154,7 @@ def _dlrm(crossed: bool) -> tuple[nn.Module, Clicks]:
         "dense_arch_layer_sizes": [12, 8],
         "over_arch_layer_sizes": [10, 1],
     }
-    model = (
-        DLRM_DCN(dcn_num_layers=2, dcn_low_rank_dim=4, **common) if crossed else DLRM(**common)
-    )
+    model = DLRM_DCN(dcn_num_layers=2, dcn_low_rank_dim=4, **common) if crossed else DLRM(**common)
     return Flat(model), _clicks(g, _three_tables(g, one_each=not crossed))
 
 

@@ -124,7 +124,9 @@ def shard(rows: int = 4) -> TableShard:
     )
 
 
-def advance(mechanism: Mechanism, table: TableShard, sigma: float = 1.0, decay: float = 0.0) -> None:
+def advance(
+    mechanism: Mechanism, table: TableShard, sigma: float = 1.0, decay: float = 0.0
+) -> None:
     mechanism.schedule.advance(0.1, sigma, 1.0, 2.0, decay)
     mechanism.after_update([table])
 

@@ -6,6 +6,7 @@ from typing import Any
 
 import pytest
 import torch
+from scipy import stats
 from torch import Tensor, nn
 from torchrec import KeyedJaggedTensor
 
@@ -20,10 +21,11 @@ ROWS = {"f0": 7, "f1": 11}
 
 
 class Small(nn.Module):
-    def __init__(self) -> None:
+    def __init__(self, width: int = 6, dim: int = 8) -> None:
         super().__init__()
-        self.pooled = bags({"a": (7, ["f0"]), "b": (11, ["f1"])}, 8)
-        self.top = nn.Sequential(nn.Linear(16 + DENSE, 6), nn.ReLU(), nn.Linear(6, 1))
+        self.pooled = bags({"a": (7, ["f0"]), "b": (11, ["f1"])}, dim)
+        top = nn.Linear(2 * dim + DENSE, width)
+        self.top = nn.Sequential(top, nn.ReLU(), nn.Linear(width, 1))
 
     def forward(self, dense: Tensor, sparse: KeyedJaggedTensor) -> Tensor:
         return self.top(torch.cat([self.pooled(sparse).values(), dense], 1)).squeeze(1)
@@ -224,6 +226,30 @@ def test_noise_is_owed_before_the_update(monkeypatch: pytest.MonkeyPatch) -> Non
 
 def _disk_on_fire(*_: Any) -> None:
     raise OSError("fire")
+
+
+@pytest.mark.parametrize("mechanism", ["lazydp", "dpsgd"])
+def test_noise_has_the_stated_size(mechanism: str) -> None:
+    """With zero gradients every weight moves by N(0, (lr σ C / B)²); level 1e-4 for each test."""
+    model = Small(width=100, dim=64)
+    optimizer = torch.optim.SGD(model.parameters(), lr=0.5)
+    private = build(
+        model, mechanism=mechanism, sigma=1.5, clip=0.7, expected=3.0, optimizer=optimizer
+    )
+    before = state(private)
+    begin(private)
+    (loss(model, data()) * 0).backward()
+    private.optimizer.step()
+    private.settle()
+    moved = [
+        (a - b).flatten() / (0.5 * 1.5 * 0.7 / 3.0)
+        for a, b in zip(state(private), before, strict=True)
+    ]
+    dense = len(private.recorder.parameters)
+    for part in (torch.cat(moved[:dense]), torch.cat(moved[dense:])):
+        assert part.numel() > 1000
+        assert stats.kstest(part.double().numpy(), "norm").pvalue > 1e-4
+        assert abs(float(part.square().sum()) - len(part)) < 3.9 * (2 * len(part)) ** 0.5
 
 
 def test_buffers_that_move() -> None:

@@ -39,7 +39,7 @@ def test_probe(case: str) -> None:
         return MIXING[case](whole, logits) if case in MIXING else logits.square()
 
     if case in MIXING:
-        with pytest.raises(ModelError, match="mixes the examples.*'(pooled|sequence)'"):
+        with pytest.raises(ModelError, match=r"mixes the examples.*'(pooled|sequence)'"):
             check_examples_independent(whole, private.cuts, losses)
         return
     check_examples_independent(whole, private.cuts, losses)

@@ -7,7 +7,7 @@ import sys
 from collections.abc import Callable
 from functools import wraps
 from pathlib import Path
-from typing import Annotated, Any, TypeVar
+from typing import Annotated, Any, Literal, TypeVar
 
 import typer
 
@@ -267,7 +267,7 @@ def epsilon(
     records: Annotated[int | None, typer.Option(help="Records, with --batch-size.")] = None,
     batch_size: Annotated[float | None, typer.Option(help="Expected batch size.")] = None,
     steps: Annotated[int, typer.Option(help="Steps.")] = 1,
-    accountant: Annotated[str, typer.Option(help="pld or rdp.")] = "pld",
+    accountant: Annotated[Literal["pld", "rdp"], typer.Option(help="How ε is composed.")] = "pld",
 ) -> None:
     """Compute ε from σ, or σ from ε, for Poisson-sampled DP-SGD."""
     from dist_dp.accounting import GaussianEvent, calibrate_noise_multiplier, epsilon_of
@@ -277,8 +277,6 @@ def epsilon(
         if not records or not batch_size:
             raise ConfigError("give --sample-rate, or --records and --batch-size")
         sample_rate = batch_size / records
-    if accountant not in ("pld", "rdp"):
-        raise ConfigError(f"--accountant {accountant}: choose pld or rdp")
     if (noise_multiplier is None) == (target_epsilon is None):
         raise ConfigError("give either --noise-multiplier or --epsilon")
     if noise_multiplier is None:

@@ -129,8 +129,8 @@ def print_summary(summary: dict[str, Any], folder: Path) -> None:
     )
     table.add_row(
         "speed",
-        f"{number('examples_per_second', ',.0f')} examples/s, {number('step_ms', '.1f')} ms a step, "
-        f"{summary['world_size']} worker(s)",
+        f"{number('examples_per_second', ',.0f')} examples/s, {number('step_ms', '.1f')} ms a "
+        f"step, {summary['world_size']} worker(s)",
     )
     table.add_row("steps", f"{summary['steps']} of {summary['planned_steps']}, {summary['status']}")
     if summary.get("budget_refusal"):

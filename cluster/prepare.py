@@ -67,13 +67,13 @@ def open_data(config: RunConfig, *, progress: bool = True) -> tuple[ArrowStore, 
         store = ArrowStore.open(source)
         return store, store.schema.with_num_embeddings(**sizes)
     destination = Path(data.store) if data.store else _default_store(config, source)
-    split = {name: share for name, share in data.split.items() if share > 0}
+    split: dict[str, float] = {name: share for name, share in data.split.items() if share > 0}
     manifest = convert(
         source,
         destination,
         format=data.format,
         schema=data.columns,
-        split=dict(split),
+        split=split,
         split_seed=data.split_seed,
         skip_bad_rows=data.skip_bad_rows,
         progress=progress,

@@ -2,10 +2,10 @@
 
 from __future__ import annotations
 
+import contextlib
 import shutil
 import signal
 import threading
-import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -14,6 +14,7 @@ from typing import Any
 from dist_dp.cluster.accountant import start_accountant
 from dist_dp.cluster.config import ClusterConfig, RunConfig
 from dist_dp.cluster.job import Job
+from dist_dp.cluster.metrics_log import METRICS_FILE
 from dist_dp.cluster.monitor import start_monitor
 from dist_dp.cluster.prepare import Prepared, prepare
 from dist_dp.cluster.quiet import environment
@@ -23,6 +24,7 @@ from dist_dp.engine import default_ledger_path
 from dist_dp.errors import DistDpError
 
 Watcher = Callable[[dict[str, Any]], None]
+STOPPING = "stopping after this step (Ctrl-C again aborts)"
 
 
 class Trainer:
@@ -59,6 +61,7 @@ class Trainer:
         prepared = prepare(self.config)
         self.watch({"phase": "starting Ray", "plan": prepared.plan})
         with ray_session(self.config.cluster, self.verbose):
+            self.config = _choose_device(self.config)
             folder = create_run_folder(
                 Path(self.config.output.folder), self.config.output.name, prepared.dataset
             )
@@ -94,15 +97,18 @@ class Trainer:
         )
 
     def _note_failure(self, folder: Path, accountant: Any, error: BaseException) -> None:
-        """A run that never charged a step leaves no folder; another one keeps what it has."""
-        import contextlib
-
-        if not (folder / "metrics.csv").exists():
+        """A run that never took a step leaves no folder; another one keeps what it has."""
+        metrics = folder / METRICS_FILE
+        # The first line names the columns.
+        if not metrics.exists() or len(metrics.read_text(encoding="utf-8").splitlines()) < 2:
             shutil.rmtree(folder, ignore_errors=True)
         else:
-            (folder / "error.txt").write_text(f"{type(error).__name__}: {error}\n")
+            (folder / "error.txt").write_text(
+                f"{type(error).__name__}: {error}\n", encoding="utf-8"
+            )
         with contextlib.suppress(DistDpError):
-            accountant.close_run(folder.name, "failed")
+            aborted = isinstance(error, KeyboardInterrupt)
+            accountant.close_run(folder.name, "aborted" if aborted else "failed")
 
     def _run(self, job: Job) -> None:
         """One Ray Train run, watched; Ctrl-C once asks the workers to stop."""
@@ -113,17 +119,22 @@ class Trainer:
         monitor = start_monitor(job.run_name)
         done = threading.Event()
 
+        stopping = threading.Event()
+
         def poll() -> None:
             while not done.wait(0.2):
                 try:
-                    self.watch(ray.get(monitor.latest.remote(), timeout=5))
+                    progress = ray.get(monitor.latest.remote(), timeout=5)
                 except ray.exceptions.RayError:
                     return
+                if stopping.is_set() and progress.get("phase") == "training":
+                    progress = {"phase": STOPPING}
+                self.watch(progress)
 
         watcher = threading.Thread(target=poll, daemon=True)
         watcher.start()
         try:
-            with _stop_on_interrupt(monitor, self.watch):
+            with _stop_on_interrupt(monitor, stopping):
                 fit_workers(train_worker, job.to_dict(), self.config.cluster, job, self.verbose)
         finally:
             done.set()
@@ -167,9 +178,44 @@ def fit_workers(
         ),
     )
     try:
-        trainer.fit()
+        _in_thread(trainer.fit)
     except Exception as error:
         raise readable(error) from error
+
+
+def _in_thread(function: Callable[[], Any]) -> None:
+    """Runs a function in a thread and waits for it.
+
+    In the main thread, Ray Train would put its own handler of Ctrl-C in place of ours: it aborts
+    the run, which would leave no release and the leased steps charged.
+    """
+    finished = threading.Event()
+    failure: list[BaseException] = []
+
+    def run() -> None:
+        try:
+            function()
+        except BaseException as error:
+            failure.append(error)
+        finally:
+            finished.set()
+
+    threading.Thread(target=run, name="ray-train", daemon=True).start()
+    finished.wait()
+    if failure:
+        raise failure[0]
+
+
+def _choose_device(config: RunConfig) -> RunConfig:
+    """Fills in ``cluster.use_gpu`` by what the cluster has."""
+    cluster = config.cluster
+    if cluster.use_gpu is not None:
+        return config
+    import ray
+
+    enough = ray.cluster_resources().get("GPU", 0) >= cluster.num_workers
+    chosen = cluster.model_copy(update={"use_gpu": enough})
+    return config.model_copy(update={"cluster": chosen})
 
 
 def readable(error: BaseException) -> DistDpError:
@@ -210,21 +256,19 @@ def _causes(error: BaseException) -> Iterator[BaseException]:
 
 
 @contextmanager
-def _stop_on_interrupt(monitor: Any, watch: Watcher) -> Iterator[None]:
+def _stop_on_interrupt(monitor: Any, stopping: threading.Event) -> Iterator[None]:
     """First Ctrl-C: stop after the step in flight and release; second: abort."""
     if threading.current_thread() is not threading.main_thread():
         yield
         return
     before = signal.getsignal(signal.SIGINT)
-    asked: list[float] = []
 
     def on_interrupt(_signal: int, _frame: Any) -> None:
-        if asked:
+        if stopping.is_set():
             signal.signal(signal.SIGINT, before)
             raise KeyboardInterrupt
-        asked.append(time.monotonic())
+        stopping.set()
         monitor.request_stop.remote()
-        watch({"phase": "stopping after this step (Ctrl-C again aborts)"})
 
     signal.signal(signal.SIGINT, on_interrupt)
     try:

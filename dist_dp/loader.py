@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator
 from concurrent.futures import Future, ThreadPoolExecutor
 from typing import Any, Protocol
 
@@ -66,7 +66,7 @@ class DataLoaderSource:
                 "with dist_dp.datasets."
             )
         self._dataset: Any = loader.dataset
-        self._collate: Callable[[Sequence[Any]], Any] = loader.collate_fn
+        self._collate: Callable[[Any], Any] = loader.collate_fn
 
     def __len__(self) -> int:
         """Number of records."""

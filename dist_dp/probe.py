@@ -39,10 +39,8 @@ def check_examples_independent(
                 grad = piece.leaf.grad
                 if grad is None:
                     continue
-                if piece.lengths is None:
-                    others = grad[1:]
-                else:
-                    others = grad[int(piece.lengths[0]) :]
+                of_first = 1 if piece.lengths is None else int(piece.lengths[0])
+                others = grad[of_first:]
                 if bool((others != 0).any()):
                     raise ModelError(
                         f"the model mixes the examples of a batch: the loss of one example "

@@ -74,12 +74,12 @@ def embedding_collections(model: nn.Module) -> dict[str, nn.Module]:
     return {path: m for path, m in model.named_modules() if type(m) in kinds}
 
 
-def table_configs(collection: nn.Module) -> list[Any]:
+def table_configs(collection: Any) -> list[Any]:
     """The table configurations of a pooled or sequence collection."""
     if hasattr(collection, "embedding_bag_configs"):
         configs: list[Any] = collection.embedding_bag_configs()
     else:
-        configs = collection.embedding_configs()  # type: ignore[operator]
+        configs = collection.embedding_configs()
     return configs
 
 

@@ -60,7 +60,7 @@ class TableShard:
         Replicas must settle the same rows at the same steps or they drift apart, so a replicated
         table takes the union over ranks (a collective: every rank reaches this call).
         """
-        distinct = torch.unique(rows)
+        distinct: Tensor = torch.unique(rows)
         if self.replicated:
             distinct = torch.unique(all_gather_cat(distinct))
         return distinct.to(torch.int64)

@@ -68,6 +68,7 @@ class TwoTower(nn.Module):
         return EmbeddingBagCollection(tables=[config], device=torch.device("cpu"))
 
     def forward(self, users: KeyedJaggedTensor, items: KeyedJaggedTensor) -> Tensor:
+        """Scores, float ``[batch]``."""
         user = self.user_tower(self.user_table(users).values())
         item = self.item_tower(self.item_table(items).values())
         return (user * item).sum(1)

@@ -13,6 +13,7 @@ from __future__ import annotations
 
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Sequence
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -197,7 +198,8 @@ class VmapRule(DenseRule):
 
         def call(trained: dict[str, Tensor]) -> Tensor:
             output = torch.func.functional_call(layer, {**fixed, **trained}, inputs)
-            return output[0] if isinstance(output, tuple) else output
+            first: Tensor = output[0] if isinstance(output, tuple) else output
+            return first
 
         return call
 
@@ -214,7 +216,7 @@ class VmapRule(DenseRule):
                     for i in inputs_b
                 ]
 
-            _, vjp = torch.func.vjp(outputs, trained)
+            vjp: Any = torch.func.vjp(outputs, trained)[1]
             (grads,) = vjp(deltas_b)
             return torch.stack([g.square().sum() for g in grads.values()]).sum()
 
@@ -232,7 +234,7 @@ class VmapRule(DenseRule):
         def outputs(parameters: dict[str, Tensor]) -> list[Tensor]:
             return [self._call(layer, inputs)(parameters) for inputs, _ in records]
 
-        _, vjp = torch.func.vjp(outputs, trained)
+        vjp: Any = torch.func.vjp(outputs, trained)[1]
         (grads,) = vjp([_scaled(delta, coefficients) for _, delta in records])
         result: dict[str, Tensor] = grads
         return result
@@ -242,7 +244,10 @@ def register_torchrec_rules() -> None:
     """Serve TorchRec's cross networks (DLRM-DCN); called when a TorchRec model is prepared."""
     from torchrec.modules import crossnet
 
-    for name in ("CrossNet", "LowRankCrossNet", "VectorCrossNet", "LowRankMixtureCrossNet"):
+    from dist_dp.clipping.cross_rules import LowRankCrossRule
+
+    _RULES.setdefault(crossnet.LowRankCrossNet, LowRankCrossRule())
+    for name in ("CrossNet", "VectorCrossNet", "LowRankMixtureCrossNet"):
         _RULES.setdefault(getattr(crossnet, name), VmapRule())
 
 

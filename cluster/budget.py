@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from pathlib import Path
 
+from rich.box import SIMPLE_HEAD
 from rich.console import Console
 from rich.table import Table
 
@@ -22,10 +23,16 @@ def _open(path: Path | None) -> Ledger:
 def show(path: Path | None, dataset: str | None) -> None:
     """Prints the spend of every data set, or the history of one."""
     ledger = _open(path)
+    entries = ledger.history(dataset) if dataset is not None else []
     console = Console()
-    table = Table()
-    for column in ("data set", "unit", "records", "spent ε", "of ε", "δ", "runs", "not private"):
-        table.add_column(column)
+    if not console.is_terminal:
+        # Nobody's window: whoever reads a pipe wants whole names and figures.
+        console.width = max(console.width, 200)
+    table = Table(box=SIMPLE_HEAD)
+    table.add_column("data set", overflow="fold")
+    table.add_column("unit")
+    for column in ("records", "spent ε", "of ε", "δ", "runs", "not private"):
+        table.add_column(column, justify="right", no_wrap=True)
     for budget in ledger.datasets():
         if dataset is not None and budget.name != dataset:
             continue
@@ -41,12 +48,10 @@ def show(path: Path | None, dataset: str | None) -> None:
             str(len(spend.non_private_runs)),
         )
     console.print(table)
-    if dataset is not None:
-        for entry in ledger.history(dataset):
-            steps = f"{entry.steps} steps" if entry.steps is not None else ""
-            console.print(
-                f"{entry.seq:>5} {entry.at} {entry.kind:<18} {entry.run_id or ''} {steps}"
-            )
+    for entry in entries:
+        steps = f"{entry.steps} steps" if entry.steps is not None else ""
+        line = f"{entry.seq:>5} {entry.at} {entry.kind:<18} {entry.run_id or ''} {steps}"
+        console.print(line.rstrip(), highlight=False, markup=False)
 
 
 def change(

@@ -54,6 +54,12 @@ def _readable_errors(command: Command) -> Command:
                 raise
             _say(f"error: {error}")
             raise typer.Exit(1) from None
+        except OSError as error:
+            # A full disk, a missing permission: the system's own words name place and reason.
+            if kwargs.get("verbose"):
+                raise
+            _say(f"error: {error}")
+            raise typer.Exit(1) from None
         except KeyboardInterrupt:
             _say("aborted; what was leased and not settled stays charged in the ledger")
             raise typer.Exit(130) from None
@@ -76,15 +82,15 @@ def _config(
 ) -> Any:
     from dist_dp.cluster.config import load_config, parse_overrides
 
-    overrides: dict[str, Any] = {
+    options: dict[str, Any] = {
         "data.path": data,
         "privacy.epsilon": epsilon,
         "privacy.delta": delta,
         "cluster.num_workers": num_workers,
         **more,
-        **parse_overrides(settings or []),
     }
-    return load_config(config, overrides)
+    given = {key: value for key, value in options.items() if value is not None}
+    return load_config(config, {**given, **parse_overrides(settings or [])})
 
 
 @app.command()
@@ -106,12 +112,18 @@ def train(
     allow_large_delta: Annotated[
         bool, typer.Option("--force-delta", help="Accept δ ≥ 1/records.")
     ] = False,
+    resume: Annotated[
+        Path | None, typer.Option(help="Run folder of an unfinished run to go on with.")
+    ] = None,
     settings: SetOption = None,
     verbose: VerboseOption = False,
 ) -> None:
     """Train a model and release it with its privacy statement."""
     from dist_dp.cluster.console import print_summary, watched_fit
 
+    if resume is not None:
+        print_summary(*watched_fit(resume, verbose=verbose))
+        return
     resolved = _config(
         config,
         data,
@@ -222,6 +234,7 @@ def convert(
 ) -> None:
     """Convert raw records to memory-mapped Arrow, once."""
     from dist_dp.cluster.config import DataConfig, load_config
+    from dist_dp.cluster.console import skipped_text
     from dist_dp.datasets.convert import convert as convert_data
 
     data = load_config(config).data if config else DataConfig()
@@ -237,7 +250,7 @@ def convert(
     rows = ", ".join(f"{name} {info.rows:,}" for name, info in manifest.splits.items())
     print(f"{to}: {rows}")
     if manifest.skipped_rows:
-        print(f"left out: {manifest.skipped_rows}")
+        print(f"left out: {skipped_text(manifest.skipped_rows)}")
 
 
 @app.command()

@@ -7,7 +7,15 @@ from pathlib import Path
 from typing import Annotated, Any, Literal, get_args
 
 import yaml
-from pydantic import BaseModel, ConfigDict, Field, ValidationError, field_validator, model_validator
+from pydantic import (
+    BaseModel,
+    ConfigDict,
+    Field,
+    ValidationError,
+    ValidationInfo,
+    field_validator,
+    model_validator,
+)
 
 from dist_dp.datasets.schema import DataSchema
 from dist_dp.errors import ConfigError
@@ -17,6 +25,15 @@ from dist_dp.sharding import ShardingKind
 
 class _Section(BaseModel):
     model_config = ConfigDict(extra="forbid", frozen=True, allow_inf_nan=False)
+
+    @field_validator("*", mode="before")
+    @classmethod
+    def _no_truth_values(cls, value: Any, info: ValidationInfo) -> Any:
+        # YAML reads `yes` as true, and true would pass for the number 1.
+        field = cls.model_fields[info.field_name or ""]
+        if isinstance(value, bool) and bool not in (field.annotation, *get_args(field.annotation)):
+            raise ValueError(f"must not be true or false (got {value})")
+        return value
 
 
 Fraction = Annotated[float, Field(ge=0, le=1)]
@@ -166,8 +183,12 @@ class PrivacyConfig(_Section):
                     "mechanism: 'none' gives no privacy; remove epsilon and noise_multiplier, or "
                     "choose lazydp"
                 )
-        elif (self.epsilon is None) == (self.noise_multiplier is None):
-            raise ValueError("epsilon: give either epsilon or noise_multiplier")
+        elif self.epsilon is None and self.noise_multiplier is None:
+            raise ValueError("epsilon: is missing; give it (--epsilon), or noise_multiplier")
+        elif self.epsilon is not None and self.noise_multiplier is not None:
+            raise ValueError(
+                "epsilon: is given together with noise_multiplier; remove one of them (as null)"
+            )
         return self
 
 
@@ -186,6 +207,8 @@ class TrainConfig(_Section):
         evaluate_every: Steps between evaluations on the valid split; 0 for none.
         log_every: Steps between lines of the metrics table.
         lease_steps: Steps charged to the ledger at a time.
+        checkpoint_every: Steps between private checkpoints to resume from; 0 for none. They hold
+            the run's secret and are removed when the run is complete.
     """
 
     epochs: Annotated[float, Field(gt=0)] | None = None
@@ -199,6 +222,7 @@ class TrainConfig(_Section):
     evaluate_every: Annotated[int, Field(ge=0)] = 0
     log_every: Annotated[int, Field(ge=1)] = 1
     lease_steps: Annotated[int, Field(ge=1)] = 50
+    checkpoint_every: Annotated[int, Field(ge=0)] = 0
 
     @field_validator("learning_rate", "dense_learning_rate", mode="before")
     @classmethod
@@ -207,8 +231,10 @@ class TrainConfig(_Section):
 
     @model_validator(mode="after")
     def _check(self) -> TrainConfig:
-        if (self.epochs is None) == (self.steps is None):
-            raise ValueError("epochs: give either epochs or steps")
+        if self.epochs is None and self.steps is None:
+            raise ValueError("epochs: is missing; give it, or steps")
+        if self.epochs is not None and self.steps is not None:
+            raise ValueError("epochs: is given together with steps; remove one of them (as null)")
         if self.weight_decay and self.table_optimizer != "sgd":
             raise ValueError(
                 f"weight_decay: not supported with table_optimizer '{self.table_optimizer}'; "
@@ -282,7 +308,7 @@ def load_config(path: str | Path | None, overrides: Mapping[str, Any] | None = N
 
     Args:
         path: The file; None starts from nothing.
-        overrides: Values by dotted key (``privacy.epsilon``); None values are left out.
+        overrides: Values by dotted key (``privacy.epsilon``); None unsets.
 
     Returns:
         The validated configuration.
@@ -296,13 +322,13 @@ def load_config(path: str | Path | None, overrides: Mapping[str, Any] | None = N
             values = yaml.safe_load(Path(path).read_text(encoding="utf-8")) or {}
         except OSError as error:
             raise ConfigError(f"cannot read the configuration '{path}': {error.strerror}") from None
-        except yaml.YAMLError as error:
-            raise ConfigError(f"'{path}' is no valid YAML: {error}") from None
+        except (yaml.YAMLError, UnicodeDecodeError) as error:
+            place = " ".join(str(error).split())
+            raise ConfigError(f"'{path}' is no valid YAML: {place}") from None
         if not isinstance(values, dict):
             raise ConfigError(f"'{path}' must hold keys and values at its top level")
     for key, value in (overrides or {}).items():
-        if value is not None:
-            _put(values, key, value)
+        _put(values, key, value)
     return parse_config(values, source=str(path) if path else "the command line")
 
 
@@ -338,8 +364,10 @@ def parse_overrides(pairs: Sequence[str]) -> dict[str, Any]:
 
 def _put(values: dict[str, Any], dotted: str, value: Any) -> None:
     *parents, last = dotted.split(".")
-    for parent in parents:
+    for depth, parent in enumerate(parents):
         inner = values.get(parent)
+        if depth == 0 and inner is not None and not isinstance(inner, dict):
+            raise ConfigError(f"'{parent}' must hold keys and values (got {inner!r})")
         if not isinstance(inner, dict):
             inner = values[parent] = {}
         values = inner
@@ -369,6 +397,8 @@ def _explain(error: Any) -> str:
     if error["type"] == "missing":
         return f"'{key}' is missing; set it"
     if error["type"] == "value_error":
-        return f"{key + '.' if key else ''}{message}"
+        # A section's complaint begins with the key inside it, a value's own with what is wrong.
+        inside = message.partition(":")[0].partition(".")[0].isidentifier()
+        return f"{key}.{message}" if key and inside else f"{key}: {message}" if key else message
     given = error.get("input")
     return f"'{key}': {message[0].lower()}{message[1:]} (got {given!r})"

@@ -86,8 +86,12 @@ def _clock(seconds: float) -> str:
     return f"{hours}:{minutes:02d}:{rest:02d}" if hours else f"{minutes}:{rest:02d}"
 
 
-def watched_fit(config: RunConfig, *, verbose: bool = False) -> tuple[dict[str, Any], Path]:
+def watched_fit(run: RunConfig | Path, *, verbose: bool = False) -> tuple[dict[str, Any], Path]:
     """Trains with a live line.
+
+    Args:
+        run: What to train, or the folder of a run to go on with.
+        verbose: Let libraries log.
 
     Returns:
         The summary and the run folder.
@@ -95,7 +99,10 @@ def watched_fit(config: RunConfig, *, verbose: bool = False) -> tuple[dict[str, 
     from dist_dp.cluster.trainer import Trainer
 
     with ProgressLine(Console(stderr=True)) as line:
-        trainer = Trainer(config, verbose=verbose, watch=line)
+        if isinstance(run, RunConfig):
+            trainer = Trainer(run, verbose=verbose, watch=line)
+        else:
+            trainer = Trainer.resumed(run, verbose=verbose, watch=line)
         summary = trainer.fit()
     assert trainer.run_folder is not None
     return summary, trainer.run_folder
@@ -133,12 +140,20 @@ def print_summary(summary: dict[str, Any], folder: Path) -> None:
         f"step, {summary['world_size']} worker(s)",
     )
     table.add_row("steps", f"{summary['steps']} of {summary['planned_steps']}, {summary['status']}")
+    if summary.get("skipped_rows"):
+        table.add_row("left out", skipped_text(summary["skipped_rows"]))
     if summary.get("budget_refusal"):
         table.add_row("stopped", summary["budget_refusal"])
     shown = _relative(folder)
     table.add_row("run", f"{shown}  (private; report.html is the page to read)")
     table.add_row("model", f"{shown / 'release'}  (covered by the guarantee)")
     console.print(table)
+
+
+def skipped_text(skipped: dict[str, int]) -> str:
+    """Bad rows by reason, for a person."""
+    reasons = ", ".join(f"{count:,} {reason}" for reason, count in skipped.items())
+    return f"{sum(skipped.values()):,} bad rows ({reasons})"
 
 
 def _relative(folder: Path) -> Path:

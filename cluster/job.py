@@ -29,6 +29,7 @@ class Job:
         config: The resolved configuration.
         columns: The data schema with the table sizes of this run.
         plan: The privacy plan.
+        resume: Go on from the run's checkpoint.
         verbose: Let libraries log.
     """
 
@@ -40,6 +41,7 @@ class Job:
     config: dict[str, Any]
     columns: dict[str, Any]
     plan: dict[str, Any]
+    resume: bool = False
     verbose: bool = False
 
     def to_dict(self) -> dict[str, Any]:

@@ -7,7 +7,7 @@ from pathlib import Path
 from typing import Any
 
 from dist_dp.cluster.config import RunConfig
-from dist_dp.cluster.job import make_plan
+from dist_dp.cluster.job import VERIFY_BELOW_BYTES, make_plan
 from dist_dp.datasets.convert import convert
 from dist_dp.datasets.schema import DataSchema
 from dist_dp.datasets.store import ArrowStore
@@ -49,6 +49,7 @@ def prepare(config: RunConfig, *, progress: bool = True) -> Prepared:
         raise DataError(
             f"{store.path}: the train split is empty; give more data, or another data.split"
         )
+    _check_sharding(config, schema)
     dataset = config.data.name or _stem(config)
     return Prepared(store, schema, dataset, make_plan(config, records))
 
@@ -64,24 +65,49 @@ def open_data(config: RunConfig, *, progress: bool = True) -> tuple[ArrowStore, 
         "maximum": data.max_num_embeddings,
     }
     if (source / "manifest.json").is_file():
-        store = ArrowStore.open(source)
+        store = _verified(source)
         return store, store.schema.with_num_embeddings(**sizes)
     destination = Path(data.store) if data.store else _default_store(config, source)
-    split: dict[str, float] = {name: share for name, share in data.split.items() if share > 0}
-    manifest = convert(
-        source,
-        destination,
-        format=data.format,
-        schema=data.columns,
-        split=split,
-        split_seed=data.split_seed,
-        skip_bad_rows=data.skip_bad_rows,
-        progress=progress,
+    # Others may read the folder of the runs, but not the records.
+    destination.parent.mkdir(mode=0o700, parents=True, exist_ok=True)
+    options: dict[str, Any] = {
+        "format": data.format,
+        "schema": data.columns,
+        "split": {name: share for name, share in data.split.items() if share > 0},
+        "split_seed": data.split_seed,
+        "skip_bad_rows": data.skip_bad_rows,
+        "progress": progress,
+    }
+    try:
+        manifest = convert(source, destination, **options)
+    except DataError:
         # A store of our own choosing that no longer fits (the source changed) is made anew.
-        overwrite=data.store is None,
-    )
+        if data.store is not None or not destination.exists():
+            raise
+        manifest = convert(source, destination, overwrite=True, **options)
     schema = manifest.data_schema.with_num_embeddings(**sizes)
-    return ArrowStore.open(destination, schema=schema), schema
+    return _verified(destination, schema), schema
+
+
+def _verified(path: Path, schema: DataSchema | None = None) -> ArrowStore:
+    """Opens a store; one that is small enough to read whole is compared with its checksums."""
+    store = ArrowStore.open(path, schema=schema)
+    if store.num_bytes < VERIFY_BELOW_BYTES:
+        store = ArrowStore.open(path, verify=True, schema=schema)
+    return store
+
+
+def _check_sharding(config: RunConfig, schema: DataSchema) -> None:
+    """Table names of our own models are known before any worker starts; a factory's are not."""
+    sharding = config.model.sharding
+    if isinstance(sharding, str) or config.model.name == "custom":
+        return
+    known = schema.table_rows()
+    unknown = sorted(set(sharding) - set(known))
+    if unknown:
+        raise ConfigError(
+            f"model.sharding: no table '{unknown[0]}'; the tables are {', '.join(known)}"
+        )
 
 
 def _stem(config: RunConfig) -> str:

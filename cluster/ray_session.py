@@ -65,13 +65,14 @@ def _check_room(cluster: ClusterConfig) -> None:
     import ray
 
     have = ray.cluster_resources()
-    needs = {"CPU": cluster.num_workers * cluster.cpus_per_worker}
-    if cluster.use_gpu:
-        needs["GPU"] = float(cluster.num_workers)
-    for resource, needed in needs.items():
-        if have.get(resource, 0.0) < needed:
-            raise ConfigError(
-                f"cluster.num_workers: {cluster.num_workers} workers need {needed:g} {resource}, "
-                f"the cluster has {have.get(resource, 0.0):g}; lower num_workers or "
-                "cpus_per_worker, or add nodes"
-            )
+    cpus = cluster.num_workers * cluster.cpus_per_worker
+    if have.get("CPU", 0.0) < cpus:
+        raise ConfigError(
+            f"cluster.num_workers: {cluster.num_workers} workers need {cpus:g} CPUs, the cluster "
+            f"has {have.get('CPU', 0.0):g}; lower num_workers or cpus_per_worker, or add nodes"
+        )
+    if cluster.use_gpu and have.get("GPU", 0.0) < cluster.num_workers:
+        raise ConfigError(
+            f"cluster.use_gpu: {cluster.num_workers} workers need a GPU each, the cluster has "
+            f"{have.get('GPU', 0.0):g}; lower num_workers, or set use_gpu to false"
+        )

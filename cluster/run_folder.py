@@ -12,6 +12,20 @@ from dist_dp.errors import ConfigError, DataError
 MARK = "config.yaml"
 
 
+def check_run_name_is_free(runs: Path, name: str | None) -> None:
+    """Says so early, before data is converted and workers are started.
+
+    Raises:
+        ConfigError: The run folder exists already.
+    """
+    if name is not None and (runs / name).exists():
+        raise _taken(runs / name)
+
+
+def _taken(folder: Path) -> ConfigError:
+    return ConfigError(f"the run folder '{folder}' exists; choose another --name, or remove it")
+
+
 def create_run_folder(runs: Path, name: str | None, dataset: str) -> Path:
     """Makes the folder of a new run, readable by its owner alone.
 
@@ -24,9 +38,7 @@ def create_run_folder(runs: Path, name: str | None, dataset: str) -> Path:
         runs.mkdir(parents=True, exist_ok=True)
         folder.mkdir(mode=0o700)
     except FileExistsError:
-        raise ConfigError(
-            f"the run folder '{folder}' exists; choose another --name, or remove it"
-        ) from None
+        raise _taken(folder) from None
     except OSError as error:
         raise ConfigError(f"cannot make the run folder '{folder}': {error.strerror}") from None
     return folder.resolve()
@@ -66,3 +78,10 @@ def read_summary(folder: Path) -> dict[str, Any]:
     except (OSError, ValueError) as error:
         raise DataError(f"'{path}' cannot be read: {error}") from None
     return summary
+
+
+def keep_release(folder: Path, step: int) -> None:
+    """Moves the release of an interrupted run aside, before the run goes on."""
+    release = folder / "release"
+    if release.is_dir():
+        release.rename(folder / f"release-step-{step:06d}")

@@ -22,10 +22,12 @@ from dist_dp.datasets.schema import DataSchema
 from dist_dp.errors import ReleaseError
 from dist_dp.release import Release
 
+_COUNTS = ("examples", "skipped_rows")
+
 
 @contextmanager
-def _records(schema: DataSchema, data: str, skip_bad_rows: bool) -> Iterator[Any]:
-    """Records in the training format, or the test split of a converted store."""
+def _records(schema: DataSchema, data: str, skip_bad_rows: bool) -> Iterator[tuple[Any, int]]:
+    """Records in the training format, or the test split of a converted store; bad rows left out."""
     from dist_dp.datasets.convert import convert
     from dist_dp.datasets.readers import detect_format
     from dist_dp.datasets.store import ArrowStore
@@ -33,11 +35,11 @@ def _records(schema: DataSchema, data: str, skip_bad_rows: bool) -> Iterator[Any
     if (Path(data) / "manifest.json").is_file():
         store = ArrowStore.open(data, verify=True, schema=schema)
         names = store.split_names()
-        yield store.split("test" if "test" in names else names[0])
+        yield store.split("test" if "test" in names else names[0]), 0
         return
     with tempfile.TemporaryDirectory(prefix="dist-dp-") as folder:
         destination = Path(folder) / "store"
-        convert(
+        manifest = convert(
             data,
             destination,
             format=detect_format(Path(data)),
@@ -45,7 +47,8 @@ def _records(schema: DataSchema, data: str, skip_bad_rows: bool) -> Iterator[Any
             split=None,
             skip_bad_rows=skip_bad_rows,
         )
-        yield ArrowStore.open(destination, schema=schema).split("all")
+        store = ArrowStore.open(destination, schema=schema)
+        yield store.split("all"), sum(manifest.skipped_rows.values())
 
 
 def load_model(run: str | Path) -> tuple[torch.nn.Module, DataSchema]:
@@ -89,8 +92,9 @@ def evaluate_release(
     from dist_dp.cluster.evaluation import evaluate
 
     model, schema = load_model(run)
-    with _records(schema, data, skip_bad_rows) as dataset:
-        return evaluate(model, dataset, batch_size=batch_size, device=torch.device("cpu"))
+    with _records(schema, data, skip_bad_rows) as (dataset, skipped):
+        metrics = evaluate(model, dataset, batch_size=batch_size, device=torch.device("cpu"))
+    return {**metrics, "skipped_rows": float(skipped)} if skipped else metrics
 
 
 @torch.no_grad()
@@ -110,15 +114,19 @@ def predict_release(
     quiet.apply(verbose)
     model, schema = load_model(run)
     layout = pa.schema([("probability", pa.float32())])
-    with (
-        _records(schema, data, skip_bad_rows=False) as dataset,
-        pq.ParquetWriter(out, layout) as writer,
-    ):
-        for start in range(0, len(dataset), batch_size):
-            indices = np.arange(start, min(len(dataset), start + batch_size), dtype=np.int64)
-            probability = torch.sigmoid(logits_of(model, dataset.batch(indices)))
-            writer.write_table(pa.table([pa.array(probability.numpy())], schema=layout))
-        return len(dataset)
+    partial = out.with_name(f".{out.name}.partial")
+    try:
+        with _records(schema, data, skip_bad_rows=False) as (dataset, _):
+            with pq.ParquetWriter(partial, layout) as writer:
+                for start in range(0, len(dataset), batch_size):
+                    end = min(len(dataset), start + batch_size)
+                    batch = dataset.batch(np.arange(start, end, dtype=np.int64))
+                    probability = torch.sigmoid(logits_of(model, batch))
+                    writer.write_table(pa.table([pa.array(probability.numpy())], schema=layout))
+            partial.rename(out)
+            return len(dataset)
+    finally:
+        partial.unlink(missing_ok=True)
 
 
 def export_release(run: str | Path, to: Path) -> Path:
@@ -158,6 +166,6 @@ def print_metrics(metrics: dict[str, float]) -> None:
     """Prints metrics for a person."""
     table = Table.grid(padding=(0, 2))
     for name, value in metrics.items():
-        text = f"{value:,.0f}" if name == "examples" else f"{value:.5f}"
+        text = f"{value:,.0f}" if name in _COUNTS else f"{value:.5f}"
         table.add_row(name.replace("_", " "), text)
     Console().print(table)

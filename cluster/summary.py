@@ -96,6 +96,7 @@ def make_summary(run: _Run, metrics: dict[str, float], split: str | None) -> dic
     """
     parts, plan, config = run.engine.parts, run.engine.parts.plan, run.config
     steps = parts.mechanism.schedule.step
+    charged = run.engine.steps_charged()
     peaks = _gather(peak_memory_bytes(run.device))
     sharding = _sharding(run)
     private = plan.is_private and not run.engine.secret_is_given
@@ -110,7 +111,7 @@ def make_summary(run: _Run, metrics: dict[str, float], split: str | None) -> dic
         "mechanism": plan.mechanism,
         "private": private,
         "fixed_seed": run.engine.secret_is_given,
-        "epsilon": finite(plan.epsilon(steps)) if plan.is_private and steps else None,
+        "epsilon": finite(plan.epsilon(charged)) if plan.is_private and charged else None,
         "target_epsilon": plan.target_epsilon,
         "delta": plan.delta if plan.is_private else None,
         "noise_multiplier": plan.noise_multiplier,
@@ -121,6 +122,7 @@ def make_summary(run: _Run, metrics: dict[str, float], split: str | None) -> dic
         "sampling": plan.sampling,
         "steps": steps,
         "planned_steps": plan.steps,
+        "steps_charged": charged,
         "evaluated_on": split,
         "auc": finite(metrics.get("auc")),
         "normalized_entropy": finite(metrics.get("normalized_entropy")),
@@ -140,12 +142,13 @@ def make_summary(run: _Run, metrics: dict[str, float], split: str | None) -> dic
         "dense_optimizer": config.train.dense_optimizer,
         "kernels": kernels.implementation(),
         "software": software_versions(),
-        "privacy_statement": privacy_statement(run.engine, steps),
+        "privacy_statement": privacy_statement(run.engine, charged),
         "not_covered": list(NOT_COVERED),
         "unit_of_privacy": plan.unit,
         "neighbouring_relation": plan.neighbouring_relation,
         "accountant": plan.accountant,
         "dataset": run.job.dataset,
+        "skipped_rows": dict(run.store.manifest.skipped_rows),
     }
     if rank() == 0 and plan.is_private:
         assert run.engine.accountant is not None

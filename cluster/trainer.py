@@ -12,14 +12,20 @@ from pathlib import Path
 from typing import Any
 
 from dist_dp.cluster.accountant import start_accountant
-from dist_dp.cluster.config import ClusterConfig, RunConfig
+from dist_dp.cluster.config import ClusterConfig, RunConfig, load_config
 from dist_dp.cluster.job import Job
 from dist_dp.cluster.metrics_log import METRICS_FILE
 from dist_dp.cluster.monitor import start_monitor
 from dist_dp.cluster.prepare import Prepared, prepare
 from dist_dp.cluster.quiet import environment
 from dist_dp.cluster.ray_session import ray_session
-from dist_dp.cluster.run_folder import create_run_folder, read_summary
+from dist_dp.cluster.run_folder import (
+    MARK,
+    check_run_name_is_free,
+    create_run_folder,
+    keep_release,
+    read_summary,
+)
 from dist_dp.engine import default_ledger_path
 from dist_dp.errors import DistDpError
 
@@ -38,15 +44,41 @@ class Trainer:
         config: The configuration.
         verbose: Let libraries log.
         watch: Called about five times a second with the latest progress.
+        resume: Folder of an unfinished run to go on with; see :meth:`resumed`.
     """
 
     def __init__(
-        self, config: RunConfig, *, verbose: bool = False, watch: Watcher | None = None
+        self,
+        config: RunConfig,
+        *,
+        verbose: bool = False,
+        watch: Watcher | None = None,
+        resume: Path | None = None,
     ) -> None:
         self.config = config
+        self.resume = resume
         self.verbose = verbose
         self.watch = watch or (lambda progress: None)
         self.run_folder: Path | None = None
+
+    @classmethod
+    def resumed(cls, folder: str | Path, **options: Any) -> Trainer:
+        """A trainer that goes on with a run from its last checkpoint.
+
+        Args:
+            folder: The run folder.
+            **options: See the class.
+
+        Raises:
+            CheckpointError: The run has no checkpoint (``train.checkpoint_every``).
+        """
+        from dist_dp.checkpoint import read_checkpoint_info
+        from dist_dp.cluster.worker import checkpoint_folder
+
+        folder = Path(folder).resolve()
+        info = read_checkpoint_info(checkpoint_folder(folder))
+        keep_release(folder, int(info["step"]))
+        return cls(load_config(folder / MARK), resume=folder, **options)
 
     def fit(self) -> dict[str, Any]:
         """Runs to the end (or the end of the budget, or a first Ctrl-C).
@@ -57,21 +89,23 @@ class Trainer:
         Raises:
             DistDpError: The run could not be done; the message says why.
         """
+        output = self.config.output
+        if self.resume is None:
+            check_run_name_is_free(Path(output.folder), output.name)
         self.watch({"phase": "reading the data"})
         prepared = prepare(self.config)
         self.watch({"phase": "starting Ray", "plan": prepared.plan})
         with ray_session(self.config.cluster, self.verbose):
             self.config = _choose_device(self.config)
-            folder = create_run_folder(
-                Path(self.config.output.folder), self.config.output.name, prepared.dataset
-            )
-            self.run_folder = folder
-            (folder / "config.yaml").write_text(self.config.to_yaml(), encoding="utf-8")
             ledger = Path(self.config.privacy.ledger or default_ledger_path()).resolve()
             accountant = start_accountant(ledger)
-            job = self._job(folder, prepared, ledger)
+            folder = self.resume or create_run_folder(
+                Path(output.folder), output.name, prepared.dataset
+            )
+            self.run_folder = folder
             try:
-                self._run(job)
+                (folder / MARK).write_text(self.config.to_yaml(), encoding="utf-8")
+                self._run(self._job(folder, prepared, ledger))
             except BaseException as error:
                 self._note_failure(folder, accountant, error)
                 raise
@@ -93,21 +127,25 @@ class Trainer:
             config=self.config.model_dump(mode="json"),
             columns=prepared.schema.model_dump(mode="json"),
             plan=prepared.plan.model_dump(),
+            resume=self.resume is not None,
             verbose=self.verbose,
         )
 
     def _note_failure(self, folder: Path, accountant: Any, error: BaseException) -> None:
         """A run that never took a step leaves no folder; another one keeps what it has."""
+        from dist_dp.cluster.worker import checkpoint_folder
+
+        aborted = isinstance(error, KeyboardInterrupt)
         metrics = folder / METRICS_FILE
         # The first line names the columns.
         if not metrics.exists() or len(metrics.read_text(encoding="utf-8").splitlines()) < 2:
             shutil.rmtree(folder, ignore_errors=True)
         else:
-            (folder / "error.txt").write_text(
-                f"{type(error).__name__}: {error}\n", encoding="utf-8"
-            )
+            text = "aborted by Ctrl-C" if aborted else f"{type(error).__name__}: {error}"
+            (folder / "error.txt").write_text(text + "\n", encoding="utf-8")
+        if (checkpoint_folder(folder) / "checkpoint.json").exists():
+            return  # The account stays open: the run can be resumed.
         with contextlib.suppress(DistDpError):
-            aborted = isinstance(error, KeyboardInterrupt)
             accountant.close_run(folder.name, "aborted" if aborted else "failed")
 
     def _run(self, job: Job) -> None:

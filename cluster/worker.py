@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import shutil
 import time
 from pathlib import Path
 from typing import Any
@@ -54,6 +55,7 @@ class _Run:
 
         self.job, self.config, self.device = job, config, device
         self.folder = Path(job.run_folder)
+        self.checkpoint = checkpoint_folder(self.folder)
         self.store = job.open_store()
         self.train_set = self.store.split("train")
         seed = config.privacy.seed
@@ -68,6 +70,7 @@ class _Run:
             accountant=AccountantClient(job.ledger) if rank() == 0 else None,
             run_id=job.run_name,
             secret=None if seed is None else fixed_secret(seed),
+            resume_from=self.checkpoint if job.resume else None,
             device=device,
         )
         budget = privacy.dataset_budget
@@ -153,9 +156,19 @@ class _Run:
             if valid and row:
                 row |= {"valid_auc": valid["auc"], "valid_log_loss": valid["log_loss"]}
             self._report(step, row, elapsed)
+            every = train.checkpoint_every
+            if every and step % every == 0 and not stop:
+                self._save_checkpoint()
+                last = time.perf_counter()
             if stop:
                 self.status = "interrupted"
                 self.loader.stop()
+
+    def _save_checkpoint(self) -> None:
+        from dist_dp.checkpoint import save_checkpoint
+
+        with self.timer.paused():
+            save_checkpoint(self.engine, self.checkpoint)
 
     def _set_learning_rates(self, step: int) -> None:
         train = self.config.train
@@ -257,12 +270,23 @@ class _Run:
             summary["release"] = str(released.relative_to(self.folder))
             path = self.folder / "summary.json"
             path.write_text(json.dumps(summary, indent=2), encoding="utf-8")
+        if self.status == "interrupted" and self.config.train.checkpoint_every:
+            # After the release, which settled every row: the run goes on from there.
+            self._save_checkpoint()
+        elif rank() == 0:
             assert self.engine.accountant is not None
             self.engine.accountant.close_run(self.job.run_name, self.status)
+            # The secret is of no more use, and dangerous to keep.
+            shutil.rmtree(self.checkpoint, ignore_errors=True)
         barrier()
 
     def _evaluable(self, split: str) -> Any:
         return self.store.split(split) if split in self.store.split_names() else []
+
+
+def checkpoint_folder(run_folder: Path) -> Path:
+    """Where a run keeps its private checkpoint."""
+    return run_folder / "private" / "checkpoint"
 
 
 def fixed_secret(seed: int) -> bytes:

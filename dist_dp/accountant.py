@@ -15,7 +15,7 @@ if TYPE_CHECKING:
 WRITING = frozenset(
     {"register_dataset", "set_budget", "open_run", "reserve", "settle", "close_run"}
 )
-READING = frozenset({"spent", "run_epsilon", "history", "datasets"})
+READING = frozenset({"spent", "run_epsilon", "run_steps", "history", "datasets"})
 
 
 class Accountant(ABC):
@@ -101,6 +101,10 @@ class Accountant(ABC):
     def run_epsilon(self, run_id: str, delta: float | None = None) -> float:
         """Return ε of one run's charge alone."""
         return float(self._call("run_epsilon", run_id, delta))
+
+    def run_steps(self, run_id: str) -> int:
+        """Return how many steps are charged to a run."""
+        return int(self._call("run_steps", run_id))
 
     def history(self, dataset: str) -> list[Entry]:
         """Return every entry of a data set, oldest first."""

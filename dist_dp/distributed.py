@@ -2,11 +2,15 @@
 
 from __future__ import annotations
 
+import errno
+from collections.abc import Callable
 from typing import TypeVar
 
 import torch
 import torch.distributed as dist
 from torch import Tensor
+
+from dist_dp.errors import DistDpError
 
 T = TypeVar("T")
 
@@ -72,3 +76,37 @@ def barrier() -> None:
     """Waits for every rank."""
     if world_size() > 1:
         dist.barrier()
+
+
+def all_together(action: Callable[[], None], kind: type[DistDpError], what: str) -> None:
+    """Runs an action on every rank; if it fails on one it fails on all, so that none waits.
+
+    Args:
+        action: Without collectives inside.
+        kind: Error to raise for any failure that is not one of this package's own.
+        what: What the action does, for the message.
+
+    Raises:
+        DistDpError: The action's own, or ``kind`` (a full disk is named as such).
+    """
+    failure: DistDpError | None = None
+    try:
+        action()
+    except DistDpError as error:
+        failure = error
+    except Exception as error:
+        failure = kind(f"could not {what}: {error}. Nothing was kept of it.")
+        if getattr(error, "errno", None) == errno.ENOSPC or "No space left" in str(error):
+            failure = kind(
+                f"could not {what}: the disk is full. Nothing was kept of it; free some space, or "
+                "choose another place."
+            )
+        failure.__cause__ = error
+    messages: list[str | None] = [None] * world_size()
+    if world_size() > 1:
+        dist.all_gather_object(messages, str(failure) if failure else None)
+    if failure is not None:
+        raise failure
+    elsewhere = next((m for m in messages if m), None)
+    if elsewhere:
+        raise kind(elsewhere)

@@ -29,6 +29,7 @@ from torch import nn
 
 from dist_dp.accountant import LocalAccountant
 from dist_dp.accounting import max_steps
+from dist_dp.checkpoint import load_checkpoint, read_checkpoint_info, read_secret
 from dist_dp.distributed import broadcast_object, ensure_process_group, rank
 from dist_dp.errors import BudgetError, ConfigError, DistDpError
 from dist_dp.leases import StepLeases
@@ -73,6 +74,8 @@ class PrivacyEngine:
         accountant: Rank 0's accountant; by default the ledger at ``ledger``, in this process.
         ledger: Path of the ledger; see :func:`default_ledger_path`.
         run_id: The run's name in the ledger; by default a new one.
+        resume_from: A training checkpoint of this run to go on from; see
+            :mod:`dist_dp.checkpoint`.
         secret: 32-byte secret for reproducible tests. Leave it out: the operating system makes
             one. A given secret marks the run as not private.
         device: Where tables and dense layers live; by default where the model is.
@@ -87,6 +90,7 @@ class PrivacyEngine:
         accountant: Any = None,
         ledger: str | Path | None = None,
         run_id: str | None = None,
+        resume_from: str | Path | None = None,
         secret: bytes | None = None,
         device: torch.device | str | None = None,
     ) -> None:
@@ -95,6 +99,7 @@ class PrivacyEngine:
         self.sharding = sharding
         self.run_id = run_id
         self.secret_is_given = secret is not None
+        self.resume_from = Path(resume_from) if resume_from else None
         self.device = None if device is None else torch.device(device)
         self.timer = PhaseTimer(self.device)
         self._secret = secret
@@ -273,6 +278,9 @@ class PrivacyEngine:
         )
         # The run's account is opened last: a model that cannot be trained costs no budget.
         self.run_id = broadcast_object(self.run_id or f"run-{uuid.uuid4().hex[:12]}")
+        done = 0
+        if self.resume_from is not None:
+            done = load_checkpoint(self, self.resume_from)
         accountant = self._open_run(plan, self.run_id, budget, fingerprint, stop_at_budget)
         loader = PoissonLoader(
             source,
@@ -281,8 +289,30 @@ class PrivacyEngine:
             self._parts.state,
             plan.steps,
             self.timer,
+            done,
         )
         return module, self._parts.optimizer, loader
+
+    @property
+    def secret(self) -> bytes:
+        """The run's secret, for its checkpoint.
+
+        Raises:
+            DistDpError: ``make_private`` was not called yet.
+        """
+        if self._secret is None or self._parts is None:
+            raise DistDpError("call make_private or make_private_with_epsilon first")
+        return self._secret
+
+    def steps_charged(self) -> int:
+        """Steps that the release must answer for: those in it, or more if the ledger says more.
+
+        After a crash, steps that were run again count again; rank 0 alone knows the ledger.
+        """
+        steps = self.parts.mechanism.schedule.step
+        if self.accountant is None or self.run_id is None or not self.parts.plan.is_private:
+            return steps
+        return max(steps, self.accountant.run_steps(self.run_id))
 
     def release(self, destination: str | Path, **details: Any) -> Path:
         """Settles every row and writes the model; the only way to get one out.
@@ -301,6 +331,9 @@ class PrivacyEngine:
     def _agree_on_secret(self) -> bytes:
         """Rank 0's secret, on every rank."""
         secret = self._secret
+        if self.resume_from is not None:
+            self.secret_is_given = bool(read_checkpoint_info(self.resume_from)["fixed_secret"])
+            secret = read_secret(self.resume_from) if rank() == 0 else None
         if secret is None and rank() == 0:
             secret = secrets.token_bytes(32)
         self._secret = broadcast_object(secret)
@@ -338,7 +371,10 @@ class PrivacyEngine:
                 accountant = self.accountant or LocalAccountant(Ledger(self._ledger_path))
                 self.accountant = accountant
                 event = plan.event()
-                if event is not None:
+                if self.resume_from is not None:
+                    # The account is open; steps that are run again are charged again.
+                    accountant.run_steps(run_id)
+                elif event is not None:
                     accountant.register_dataset(
                         self.dataset,
                         fingerprint=fingerprint or f"named:{self.dataset}",
@@ -349,9 +385,10 @@ class PrivacyEngine:
                     )
                     if not partial:
                         self._check_whole_run_fits(accountant, plan)
-                accountant.open_run(
-                    run_id, self.dataset, event, plan.steps, {"non_private": event is None}
-                )
+                if self.resume_from is None:
+                    accountant.open_run(
+                        run_id, self.dataset, event, plan.steps, {"non_private": event is None}
+                    )
             except DistDpError as error:
                 failure = error
         message = broadcast_object(str(failure) if failure else None)

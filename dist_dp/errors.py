@@ -32,3 +32,7 @@ class LedgerError(DistDpError):
 
 class ReleaseError(DistDpError):
     """A released model cannot be written or loaded."""
+
+
+class CheckpointError(DistDpError):
+    """A training checkpoint cannot be written, read or resumed from."""

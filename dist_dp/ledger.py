@@ -384,6 +384,15 @@ class Ledger:
             return math.inf
         return epsilon_of({event: charged}, delta)
 
+    def run_steps(self, run_id: str) -> int:
+        """Return how many steps are charged to a run; a lease that was never settled counts whole.
+
+        Raises:
+            LedgerError: the run is unknown.
+        """
+        with self._transaction(write=False):
+            return self._state.run(run_id).charged
+
     def history(self, dataset: str) -> list[Entry]:
         """Return every entry of a data set, oldest first.
 

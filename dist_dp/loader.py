@@ -108,6 +108,7 @@ class PoissonLoader:
         state: Shared with the optimizer.
         steps: Planned steps.
         timer: Where to note the time of phases.
+        done: Steps finished before, by a run that is resumed.
     """
 
     def __init__(
@@ -118,6 +119,7 @@ class PoissonLoader:
         state: StepState,
         steps: int,
         timer: PhaseTimer | None = None,
+        done: int = 0,
     ) -> None:
         if len(source) == 0:
             raise DataError("the training data set is empty")
@@ -128,7 +130,7 @@ class PoissonLoader:
         self._sampler = sampler
         self._state = state
         self._stopped = False
-        self._done = 0
+        self._done = done
 
     def __len__(self) -> int:
         """Planned steps."""

@@ -44,7 +44,8 @@ def model_card(privacy: dict[str, Any], name: str, facts: dict[str, Any]) -> str
             f"| clip norm C | {plan['max_grad_norm']:g}, over all tables and layers together |",
             f"| sampling | {plan['sampling']}, rate "
             f"{plan['expected_batch_size'] / plan['num_records']:.6g} |",
-            f"| steps | {privacy['steps']} of {plan['steps']} planned |",
+            f"| steps | {privacy['steps']} of {plan['steps']} planned, "
+            f"{privacy['steps_charged']} charged |",
             f"| accountant | {plan['accountant'].upper()} (dp_accounting) |",
             f"| data set in the ledger | {privacy['dataset']}, run {privacy['run_id']} |",
             "",

@@ -10,7 +10,6 @@ A release is a folder::
 
 from __future__ import annotations
 
-import errno
 import hashlib
 import json
 import os
@@ -23,8 +22,8 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import Tensor, nn
 
-from dist_dp.distributed import rank, world_size
-from dist_dp.errors import DistDpError, ReleaseError
+from dist_dp.distributed import all_together, rank
+from dist_dp.errors import ReleaseError
 from dist_dp.model_card import model_card
 from dist_dp.table_shard import TableShard
 
@@ -64,60 +63,29 @@ def write_release(
         only what the noise covers. A folder under the final name is always whole.
     """
     parts = engine.parts
-    steps = parts.mechanism.schedule.step
     partial = destination.with_name(f".{destination.name}.partial")
-    _together(lambda: _prepare(destination, partial) if rank() == 0 else None, "prepare")
+    all_together(
+        lambda: _prepare(destination, partial) if rank() == 0 else None,
+        ReleaseError,
+        "prepare the release",
+    )
     try:
-        _together(parts.check_fixed_unchanged, "check")
+        all_together(parts.check_fixed_unchanged, ReleaseError, "check the model")
         parts.settle()
-        _together(lambda: _write_shards(parts, partial), "write the tables of")
-        if rank() == 0:
-            _write_dense(parts, partial)
-        _together(
-            lambda: (
-                _finish(engine, partial, destination, steps, model_info, facts)
-                if rank() == 0
-                else None
-            ),
-            "finish",
+        all_together(
+            lambda: _write_shards(parts, partial), ReleaseError, "write the tables of the release"
         )
+
+        def finish() -> None:
+            if rank() == 0:
+                _write_dense(parts, partial)
+                _finish(engine, partial, destination, model_info, facts)
+
+        all_together(finish, ReleaseError, "finish the release")
     except BaseException:
-        _remove(partial)
+        shutil.rmtree(partial, ignore_errors=True)
         raise
     return destination
-
-
-def _remove(partial: Path) -> None:
-    """Takes a half-written folder away."""
-    shutil.rmtree(partial, ignore_errors=True)
-
-
-def _together(action: Any, what: str) -> None:
-    """Runs an action; if it fails on any rank it fails on all, so that none waits for ever."""
-    failure: Exception | None = None
-    try:
-        action()
-    except (OSError, DistDpError) as error:
-        failure = _explain(error, what)
-    messages: list[str | None] = [None] * world_size()
-    if world_size() > 1:
-        torch.distributed.all_gather_object(messages, str(failure) if failure else None)
-    if failure is not None:
-        raise failure
-    elsewhere = next((m for m in messages if m), None)
-    if elsewhere:
-        raise ReleaseError(elsewhere)
-
-
-def _explain(error: OSError | DistDpError, what: str) -> DistDpError:
-    if isinstance(error, DistDpError):
-        return error
-    if error.errno == errno.ENOSPC:
-        return ReleaseError(
-            f"could not {what} the release: the disk is full ({error.filename or 'release'}). "
-            "Nothing was kept of it; free some space, or release to another place."
-        )
-    return ReleaseError(f"could not {what} the release: {error}. Nothing was kept of it.")
 
 
 def _prepare(destination: Path, partial: Path) -> None:
@@ -186,21 +154,22 @@ def _finish(
     engine: PrivacyEngine,
     partial: Path,
     destination: Path,
-    steps: int,
     model_info: dict[str, Any] | None,
     facts: dict[str, Any] | None,
 ) -> None:
     parts = engine.parts
     plan = parts.plan
-    private = plan.is_private and not engine.secret_is_given
+    steps = parts.mechanism.schedule.step
+    charged = engine.steps_charged()
     privacy = {
-        "private": private,
+        "private": plan.is_private and not engine.secret_is_given,
         "fixed_secret": engine.secret_is_given,
-        "epsilon": plan.epsilon(steps) if plan.is_private else None,
+        "epsilon": plan.epsilon(charged) if plan.is_private else None,
         "delta": plan.delta if plan.is_private else None,
         "steps": steps,
+        "steps_charged": charged,
         "plan": plan.model_dump(),
-        "statement": privacy_statement(engine, steps),
+        "statement": privacy_statement(engine, charged),
         "dataset": engine.dataset,
         "run_id": engine.run_id,
     }

@@ -4,8 +4,11 @@ from __future__ import annotations
 
 import logging
 from collections.abc import Iterator
+from pathlib import Path
 
 import pytest
+
+from dist_dp.datasets.synthetic import write_criteo_like
 
 
 @pytest.fixture(scope="session")
@@ -22,3 +25,20 @@ def ray_local() -> Iterator[None]:
     )
     yield
     ray.shutdown()
+
+
+@pytest.fixture(scope="session", autouse=True)
+def ledger_of_nobody(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Path]:
+    """No test may touch the user's ledger, not even by mistake."""
+    path = tmp_path_factory.mktemp("ledger") / "ledger.sqlite"
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setenv("DIST_DP_LEDGER", str(path))
+        yield path
+
+
+@pytest.fixture(scope="session")
+def clicks(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """2,000 generated click records in Criteo's layout."""
+    path = tmp_path_factory.mktemp("data") / "clicks.tsv"
+    write_criteo_like(path, 2000, seed=1)
+    return path

@@ -230,26 +230,32 @@ def _disk_on_fire(*_: Any) -> None:
 
 @pytest.mark.parametrize("mechanism", ["lazydp", "dpsgd"])
 def test_noise_has_the_stated_size(mechanism: str) -> None:
-    """With zero gradients every weight moves by N(0, (lr σ C / B)²); level 1e-4 for each test."""
+    """With zero gradients every weight moves by N(0, (lr σ C / B)²) a step, each on its own.
+
+    Level 1e-4 for each test.
+    """
     model = Small(width=100, dim=64)
     optimizer = torch.optim.SGD(model.parameters(), lr=0.5)
     private = build(
         model, mechanism=mechanism, sigma=1.5, clip=0.7, expected=3.0, optimizer=optimizer
     )
     before = state(private)
-    begin(private)
-    (loss(model, data()) * 0).backward()
-    private.optimizer.step()
+    steps = 3
+    for step in range(1, steps + 1):
+        begin(private, step)
+        (loss(model, data()) * 0).backward()
+        private.optimizer.step()
     private.settle()
-    moved = [
-        (a - b).flatten() / (0.5 * 1.5 * 0.7 / 3.0)
-        for a, b in zip(state(private), before, strict=True)
-    ]
+    deviation = steps**0.5 * 0.5 * 1.5 * 0.7 / 3.0
+    pairs = zip(state(private), before, strict=True)
+    moved = [(a - b).flatten() / deviation for a, b in pairs]
     dense = len(private.recorder.parameters)
     for part in (torch.cat(moved[:dense]), torch.cat(moved[dense:])):
         assert part.numel() > 1000
         assert stats.kstest(part.double().numpy(), "norm").pvalue > 1e-4
         assert abs(float(part.square().sum()) - len(part)) < 3.9 * (2 * len(part)) ** 0.5
+    rounded = (torch.cat(moved) * 2**18).round()  # no number serves two weights
+    assert rounded.unique().numel() > 0.98 * rounded.numel()
 
 
 def test_buffers_that_move() -> None:

@@ -237,6 +237,20 @@ def test_gradients_past_the_layer() -> None:
             run(model, torch.randn(BATCH, 4))
 
 
+def test_a_layer_without_part_in_the_loss() -> None:
+    """Its parameters are there all the same, with a sum of zero, so that they get noise."""
+    model = nn.ModuleDict({"used": nn.Linear(4, 1), "unused": nn.Linear(4, 1)})
+    recorder = DenseRecorder(model)
+    x = torch.randn(BATCH, 4)
+    model["unused"](x)
+    model["used"](x).sum().backward()
+    wanted = x.square().sum(1) + 1.0
+    torch.testing.assert_close(recorder.squared_norms(BATCH), wanted)
+    sums = recorder.clipped_sums(torch.ones(BATCH))
+    assert sums.keys() == dict(model.named_parameters()).keys()
+    assert not sums["unused.weight"].any() and bool(sums["used.weight"].any())
+
+
 def test_evaluation_is_not_recorded() -> None:
     model = nn.Linear(4, 1)
     recorder = DenseRecorder(model)

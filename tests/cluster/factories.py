@@ -1,0 +1,62 @@
+"""Models of a user, found by workers as ``tests.cluster.factories:NAME``."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor, nn
+
+from dist_dp.cluster.models import embedding_bags
+from dist_dp.datasets.schema import DataSchema
+
+
+class Additive(nn.Module):
+    """A linear layer on the pooled embeddings and the dense features."""
+
+    def __init__(self, schema: DataSchema, dim: int = 8) -> None:
+        super().__init__()
+        self.tables = embedding_bags(schema, dim)
+        self.score = nn.Linear(len(schema.sparse) * dim + len(schema.dense), 1)
+
+    def forward(self, dense: Tensor, sparse: object) -> Tensor:
+        logits: Tensor = self.score(torch.cat([self.tables(sparse).values(), dense], dim=1))
+        return logits
+
+
+class Normalised(Additive):
+    """With batch normalisation."""
+
+    def __init__(self, schema: DataSchema, dim: int = 8) -> None:
+        super().__init__(schema, dim)
+        self.norm = nn.BatchNorm1d(1)
+
+    def forward(self, dense: Tensor, sparse: object) -> Tensor:
+        normalised: Tensor = self.norm(super().forward(dense, sparse))
+        return normalised
+
+
+class Mixing(Additive):
+    """Every logit is relative to the batch."""
+
+    def forward(self, dense: Tensor, sparse: object) -> Tensor:
+        logits = super().forward(dense, sparse)
+        return logits - logits.mean()
+
+
+def additive(schema: DataSchema, dim: int = 8) -> nn.Module:
+    return Additive(schema, dim)
+
+
+def normalised(schema: DataSchema) -> nn.Module:
+    return Normalised(schema)
+
+
+def mixing(schema: DataSchema) -> nn.Module:
+    return Mixing(schema)
+
+
+def broken(schema: DataSchema) -> nn.Module:
+    raise RuntimeError("the colour of this model\nis not known")
+
+
+def no_module(schema: DataSchema) -> object:
+    return {"a": "dictionary"}

@@ -136,15 +136,17 @@ class Trainer:
         from dist_dp.cluster.worker import checkpoint_folder
 
         aborted = isinstance(error, KeyboardInterrupt)
+        resumable = (checkpoint_folder(folder) / "checkpoint.json").exists()
         metrics = folder / METRICS_FILE
         # The first line names the columns.
-        if not metrics.exists() or len(metrics.read_text(encoding="utf-8").splitlines()) < 2:
-            shutil.rmtree(folder, ignore_errors=True)
-        else:
+        began = metrics.exists() and len(metrics.read_text(encoding="utf-8").splitlines()) > 1
+        if began or resumable:
             text = "aborted by Ctrl-C" if aborted else f"{type(error).__name__}: {error}"
             (folder / "error.txt").write_text(text + "\n", encoding="utf-8")
-        if (checkpoint_folder(folder) / "checkpoint.json").exists():
-            return  # The account stays open: the run can be resumed.
+        else:
+            shutil.rmtree(folder, ignore_errors=True)
+        if resumable:
+            return  # The account stays open.
         with contextlib.suppress(DistDpError):
             accountant.close_run(folder.name, "aborted" if aborted else "failed")
 

@@ -200,7 +200,7 @@ def _shard_tensors(parts: PrivateModel) -> dict[str, Tensor]:
 
 
 def _dense_tensors(parts: PrivateModel) -> dict[str, Tensor]:
-    tensors = {f"parameter.{n}": p for n, p in parts.recorder.parameters.items()}
+    tensors: dict[str, Tensor] = {f"parameter.{n}": p for n, p in parts.recorder.parameters.items()}
     if parts.optimizer.dense is not None:
         for index, state in parts.optimizer.dense.state_dict()["state"].items():
             for name, value in state.items():

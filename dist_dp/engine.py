@@ -312,7 +312,8 @@ class PrivacyEngine:
         steps = self.parts.mechanism.schedule.step
         if self.accountant is None or self.run_id is None or not self.parts.plan.is_private:
             return steps
-        return max(steps, self.accountant.run_steps(self.run_id))
+        charged: int = self.accountant.run_steps(self.run_id)
+        return max(steps, charged)
 
     def release(self, destination: str | Path, **details: Any) -> Path:
         """Settles every row and writes the model; the only way to get one out.

@@ -30,13 +30,13 @@ SMALL: dict[str, Any] = {
 }
 
 
-def small(folder: Path, data: Path | None, **sections: dict[str, Any]) -> dict[str, Any]:
+def small(folder: Path, source: Path | None, **sections: dict[str, Any]) -> dict[str, Any]:
     """The small configuration with changes by section; runs and ledger go to ``folder``."""
     values = {name: dict(section) for name, section in SMALL.items()}
     values["output"] = {"folder": str(folder / "runs")}
     values["privacy"]["ledger"] = str(folder / "ledger.sqlite")
-    if data is not None:
-        values["data"]["path"] = str(data)
+    if source is not None:
+        values["data"]["path"] = str(source)
     for name, section in sections.items():
         values.setdefault(name, {}).update(section)
         values[name] = {key: value for key, value in values[name].items() if value is not None}

@@ -12,6 +12,8 @@ from dist_dp.cluster.config import parse_config
 from dist_dp.cluster.console import print_summary, watched_fit
 from dist_dp.datasets.synthetic import write_criteo_like
 
+EPOCHS, BATCH = 4, 1024
+
 
 def run_demo(output: Path, *, records: int, workers: int, verbose: bool = False) -> None:
     """Runs the demo; every run has a data set of its own, so none is refused by the ledger.
@@ -28,19 +30,22 @@ def run_demo(output: Path, *, records: int, workers: int, verbose: bool = False)
     data.parent.mkdir(parents=True, exist_ok=True)
     console.print(f"generating {records:,} click records …")
     truth = write_criteo_like(data, records, seed=int(stamp.replace("-", "")))
+    steps = max(1, round(EPOCHS * 0.8 * records / BATCH))
     config = parse_config(
         {
             "data": {"path": str(data), "format": "criteo", "max_num_embeddings": 10_000},
-            "model": {"embedding_dim": 16, "dense_arch": [64, 16], "over_arch": [64, 32, 1]},
+            "model": {"embedding_dim": 8, "dense_arch": [32, 8], "over_arch": [32, 1]},
             "privacy": {
                 "epsilon": 8.0,
-                "max_grad_norm": 1.0,
+                "max_grad_norm": 5.0,
                 "ledger": str(output / "ledger.sqlite"),
             },
             "train": {
-                "epochs": 4,
-                "expected_batch_size": 1024,
-                "learning_rate": {"kind": "cosine", "base": 1.0, "total_steps": 190},
+                "steps": steps,
+                "expected_batch_size": BATCH,
+                "learning_rate": {"kind": "cosine", "base": 5.0, "total_steps": steps},
+                "dense_learning_rate": {"kind": "cosine", "base": 0.003, "total_steps": steps},
+                "dense_optimizer": "adam",
                 "evaluate_every": 40,
             },
             "cluster": {"num_workers": workers},

@@ -26,7 +26,7 @@ from dist_dp.cluster.run_folder import (
     keep_release,
     read_summary,
 )
-from dist_dp.engine import default_ledger_path
+from dist_dp.engine import check_whole_run_fits, default_ledger_path
 from dist_dp.errors import DistDpError
 
 Watcher = Callable[[dict[str, Any]], None]
@@ -99,6 +99,7 @@ class Trainer:
             self.config = _choose_device(self.config)
             ledger = Path(self.config.privacy.ledger or default_ledger_path()).resolve()
             accountant = start_accountant(ledger)
+            self._check_budget(accountant, prepared)
             folder = self.resume or create_run_folder(
                 Path(output.folder), output.name, prepared.dataset
             )
@@ -116,6 +117,13 @@ class Trainer:
 
         write_report(folder)
         return summary
+
+    def _check_budget(self, accountant: Any, prepared: Prepared) -> None:
+        """Refuses early what the workers would refuse once they are up."""
+        known = {budget.name for budget in accountant.datasets()}
+        whole = self.resume is None and not self.config.privacy.stop_at_budget
+        if whole and prepared.plan.event() is not None and prepared.dataset in known:
+            check_whole_run_fits(accountant, prepared.dataset, prepared.plan)
 
     def _job(self, folder: Path, prepared: Prepared, ledger: Path) -> Job:
         return Job(
@@ -269,10 +277,11 @@ def readable(error: BaseException) -> DistDpError:
         if isinstance(cause, DistDpError):
             return cause
     inner = next((c for c in reversed(causes) if not _is_rays(c)), causes[-1])
-    message = str(inner).strip().splitlines()
+    message = " ".join(str(inner).split())
+    if len(message) > 300:
+        message = message[:300] + " …"
     return DistDpError(
-        f"a worker failed: {type(inner).__name__}: {message[-1] if message else ''} "
-        "(--verbose shows the workers' logs)"
+        f"a worker failed: {type(inner).__name__}: {message} (--verbose shows the workers' logs)"
     )
 
 

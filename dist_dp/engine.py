@@ -57,6 +57,31 @@ def default_ledger_path() -> Path:
     return Path(home) / "dist-dp" / "ledger.sqlite"
 
 
+def check_whole_run_fits(accountant: Any, dataset: str, plan: PrivacyPlan) -> None:
+    """Refuses, before anything is charged, a run that would end half-way.
+
+    Args:
+        accountant: Knows the data set.
+        dataset: Its name in the ledger.
+        plan: A plan with noise.
+
+    Raises:
+        BudgetError: What is left of the data set's budget does not cover every planned step.
+    """
+    event = plan.event()
+    assert event is not None
+    spend = accountant.spent(dataset)
+    fits = max_steps(event, spend.steps_by_event, spend.budget_epsilon, spend.delta, plan.steps)
+    if fits < plan.steps:
+        raise BudgetError(
+            f"data set '{dataset}' has spent ε = {spend.epsilon:.4g} of "
+            f"{spend.budget_epsilon:.4g} (δ = {spend.delta:g}); {fits} of the {plan.steps} "
+            "planned steps still fit. Plan fewer or noisier steps, raise the budget (dist-dp "
+            f"budget set {dataset} --epsilon … --reason …), or let the run stop when the "
+            "budget is used up (privacy.stop_at_budget)"
+        )
+
+
 class PrivacyEngine:
     """Couples sampling, clipping, noise and accounting for one run.
 
@@ -341,21 +366,6 @@ class PrivacyEngine:
         assert self._secret is not None
         return self._secret
 
-    def _check_whole_run_fits(self, accountant: Any, plan: PrivacyPlan) -> None:
-        """Refuses, before anything is charged, a run that would end half-way."""
-        event = plan.event()
-        assert event is not None
-        spend = accountant.spent(self.dataset)
-        fits = max_steps(event, spend.steps_by_event, spend.budget_epsilon, spend.delta, plan.steps)
-        if fits < plan.steps:
-            raise BudgetError(
-                f"data set '{self.dataset}' has spent ε = {spend.epsilon:.4g} of "
-                f"{spend.budget_epsilon:.4g} (δ = {spend.delta:g}); {fits} of the {plan.steps} "
-                "planned steps still fit. Plan fewer or noisier steps, raise the budget (dist-dp "
-                f"budget set {self.dataset} --epsilon … --reason …), or let the run stop when the "
-                "budget is used up (privacy.stop_at_budget)"
-            )
-
     def _open_run(
         self,
         plan: PrivacyPlan,
@@ -385,7 +395,7 @@ class PrivacyEngine:
                         explicit=budget is not None,
                     )
                     if not partial:
-                        self._check_whole_run_fits(accountant, plan)
+                        check_whole_run_fits(accountant, self.dataset, plan)
                 if self.resume_from is None:
                     accountant.open_run(
                         run_id, self.dataset, event, plan.steps, {"non_private": event is None}

@@ -146,7 +146,8 @@ def print_summary(summary: dict[str, Any], folder: Path) -> None:
         table.add_row("stopped", summary["budget_refusal"])
     shown = _relative(folder)
     table.add_row("run", f"{shown}  (private; report.html is the page to read)")
-    table.add_row("model", f"{shown / 'release'}  (covered by the guarantee)")
+    covered = "covered by the guarantee" if summary["private"] else "no guarantee"
+    table.add_row("model", f"{shown / 'release'}  ({covered})")
     console.print(table)
 
 

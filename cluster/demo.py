@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 from datetime import datetime
 from pathlib import Path
 
@@ -10,6 +9,7 @@ from rich.console import Console
 
 from dist_dp.cluster.config import parse_config
 from dist_dp.cluster.console import print_summary, watched_fit
+from dist_dp.cluster.run_folder import write_summary
 from dist_dp.datasets.synthetic import write_criteo_like
 
 EPOCHS, BATCH = 4, 1024
@@ -54,7 +54,7 @@ def run_demo(output: Path, *, records: int, workers: int, verbose: bool = False)
     )
     summary, folder = watched_fit(config, verbose=verbose)
     summary["best_auc"] = truth["best_auc"]
-    (folder / "summary.json").write_text(json.dumps(summary, indent=2), encoding="utf-8")
+    write_summary(folder, summary)
     from dist_dp.cluster.report import write_report
 
     write_report(folder)

@@ -85,3 +85,10 @@ def keep_release(folder: Path, step: int) -> None:
     release = folder / "release"
     if release.is_dir():
         release.rename(folder / f"release-step-{step:06d}")
+
+
+def write_summary(folder: Path, summary: dict[str, Any]) -> None:
+    """Replaces the summary of a run, whole or not at all."""
+    partial = folder / ".summary.json.partial"
+    partial.write_text(json.dumps(summary, indent=2), encoding="utf-8")
+    partial.rename(folder / "summary.json")

@@ -25,9 +25,11 @@ from dist_dp.cluster.run_folder import (
     create_run_folder,
     keep_release,
     read_summary,
+    write_summary,
 )
 from dist_dp.engine import check_whole_run_fits, default_ledger_path
 from dist_dp.errors import DistDpError
+from dist_dp.plan import PrivacyPlan
 
 Watcher = Callable[[dict[str, Any]], None]
 STOPPING = "stopping after this step (Ctrl-C again aborts)"
@@ -112,9 +114,14 @@ class Trainer:
                 raise
             finally:
                 shutil.rmtree(folder / ".ray", ignore_errors=True)
-        summary = read_summary(folder)
         from dist_dp.cluster.report import write_report
 
+        summary = read_summary(folder)
+        self.watch({"phase": "writing the report"})
+        if summary["epsilon"] is not None:
+            curve = epsilon_by_step(prepared.plan, int(summary["steps"]))
+            summary["epsilon_by_step"] = curve
+            write_summary(folder, summary)
         write_report(folder)
         return summary
 
@@ -188,6 +195,12 @@ class Trainer:
             done.set()
             watcher.join(timeout=5)
             ray.kill(monitor)
+
+
+def epsilon_by_step(plan: PrivacyPlan, steps: int, points: int = 10) -> list[list[float]]:
+    """Exact ε after some of the steps, closer together at the start, where ε rises fastest."""
+    chosen = {max(1, round(steps * (i / points) ** 2)) for i in range(1, points + 1)}
+    return [[float(s), plan.epsilon(s)] for s in sorted(chosen) if s <= steps]
 
 
 def fit_workers(

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import shutil
 import time
 from pathlib import Path
@@ -14,6 +13,7 @@ from dist_dp import kernels
 from dist_dp.cluster import quiet
 from dist_dp.cluster.config import RunConfig, TrainConfig
 from dist_dp.cluster.job import Job
+from dist_dp.cluster.run_folder import write_summary
 from dist_dp.distributed import all_gather_cat, all_reduce_max, barrier, rank
 from dist_dp.schedules import learning_rate_at
 
@@ -268,8 +268,7 @@ class _Run:
         )
         if rank() == 0:
             summary["release"] = str(released.relative_to(self.folder))
-            path = self.folder / "summary.json"
-            path.write_text(json.dumps(summary, indent=2), encoding="utf-8")
+            write_summary(self.folder, summary)
         if self.status == "interrupted" and self.config.train.checkpoint_every:
             # After the release, which settled every row: the run goes on from there.
             self._save_checkpoint()

@@ -97,13 +97,23 @@ def _auc(metrics: Columns, summary: Summary) -> Chart:
 
 def _epsilon(metrics: Columns, summary: Summary) -> Chart:
     x, y = finite_points(metrics["step"], metrics["epsilon"])
+    charged = Line("charged", x, y, style="faint")
+    lines = [charged]
+    exact = summary.get("epsilon_by_step")
+    if isinstance(exact, list) and exact:
+        points = np.asarray(exact, dtype=np.float64).reshape(-1, 2)
+        x, y = finite_points(points[:, 0], points[:, 1])
+        lines.append(Line("spent", x, y))
+    else:
+        charged.style = "main"
     target = finite(summary.get("target_epsilon"))
     infinite = bool(np.isinf(metrics["epsilon"]).any())
     return Chart(
-        "ε spent",
+        "ε by step",
         show(_latest(y)),
-        "What the accountant has charged up to each step, at the δ above.",
-        [Line("ε", x, y)],
+        "ε of the steps taken, and what the accountant had charged ahead of them (an upper bound), "
+        "at the δ above.",
+        lines,
         references=[Reference(f"budget ε = {show(target)}", target)] if target else [],
         low=0.0,
         warning="Some steps have no finite ε; they are not drawn." if infinite else "",

@@ -34,7 +34,7 @@ SECTIONS = ("privacy", "training", "time", "sharding", "software", "configuratio
 CHARTS = (
     "Training loss",
     "Validation AUC",
-    "ε spent",
+    "ε by step",
     "Clip fraction",
     "Gradient norms",
     "Signal to noise",
@@ -298,7 +298,7 @@ def test_a_run_without_privacy_says_so_loudly(tmp_path: Path) -> None:
     assert "without any privacy mechanism" in text
     assert "of a budget" not in text
     assert "Only the folder" not in text
-    assert "Not recorded in this run: Validation AUC, ε spent, Clip fraction" in text
+    assert "Not recorded in this run: Validation AUC, ε by step, Clip fraction" in text
 
 
 def test_none_is_not_private_whatever_the_summary_claims() -> None:

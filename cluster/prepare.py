@@ -65,8 +65,8 @@ def open_data(config: RunConfig, *, progress: bool = True) -> tuple[ArrowStore, 
         "maximum": data.max_num_embeddings,
     }
     if (source / "manifest.json").is_file():
-        store = _verified(source)
-        return store, store.schema.with_num_embeddings(**sizes)
+        schema = ArrowStore.open(source).schema.with_num_embeddings(**sizes)
+        return _verified(source, schema), schema
     destination = Path(data.store) if data.store else _default_store(config, source)
     # Others may read the folder of the runs, but not the records.
     destination.parent.mkdir(mode=0o700, parents=True, exist_ok=True)
@@ -89,7 +89,7 @@ def open_data(config: RunConfig, *, progress: bool = True) -> tuple[ArrowStore, 
     return _verified(destination, schema), schema
 
 
-def _verified(path: Path, schema: DataSchema | None = None) -> ArrowStore:
+def _verified(path: Path, schema: DataSchema) -> ArrowStore:
     """Opens a store; one that is small enough to read whole is compared with its checksums."""
     store = ArrowStore.open(path, schema=schema)
     if store.num_bytes < VERIFY_BELOW_BYTES:

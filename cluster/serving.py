@@ -19,7 +19,7 @@ from dist_dp.cluster import quiet
 from dist_dp.cluster.config import ModelConfig
 from dist_dp.cluster.run_folder import release_of
 from dist_dp.datasets.schema import DataSchema
-from dist_dp.errors import ReleaseError
+from dist_dp.errors import DataError, ReleaseError
 from dist_dp.release import Release
 
 _COUNTS = ("examples", "skipped_rows")
@@ -27,15 +27,17 @@ _COUNTS = ("examples", "skipped_rows")
 
 @contextmanager
 def _records(schema: DataSchema, data: str, skip_bad_rows: bool) -> Iterator[tuple[Any, int]]:
-    """Records in the training format, or the test split of a converted store; bad rows left out."""
+    """Records in the training format, or a store's held-out split; and bad rows left out."""
     from dist_dp.datasets.convert import convert
     from dist_dp.datasets.readers import detect_format
     from dist_dp.datasets.store import ArrowStore
 
     if (Path(data) / "manifest.json").is_file():
         store = ArrowStore.open(data, verify=True, schema=schema)
-        names = store.split_names()
-        yield store.split("test" if "test" in names else names[0]), 0
+        held_out = [name for name in ("test", "valid", "all") if name in store.split_names()]
+        if not held_out:
+            raise DataError(f"'{data}' has no test or valid split to evaluate on; give records")
+        yield store.split(held_out[0]), 0
         return
     with tempfile.TemporaryDirectory(prefix="dist-dp-") as folder:
         destination = Path(folder) / "store"
@@ -75,8 +77,18 @@ def load_model(run: str | Path) -> tuple[torch.nn.Module, DataSchema]:
         )
     schema = DataSchema.model_validate(info["columns"])
     model = build_model(ModelConfig.model_validate(info["model"]), schema, meta_tables=False)
+    _allocate(model)
     release.load_into(model)
     return model.eval(), schema
+
+
+def _allocate(model: torch.nn.Module) -> None:
+    """Gives memory to what a factory left on the meta device; the release has its values."""
+    for module in model.modules():
+        for name, parameter in module._parameters.items():
+            if parameter is not None and parameter.is_meta:
+                empty = torch.empty_like(parameter, device="cpu")
+                module._parameters[name] = torch.nn.Parameter(empty, parameter.requires_grad)
 
 
 def evaluate_release(

@@ -1,7 +1,8 @@
 """Makes a hand-written TorchRec two-tower model private, in three lines.
 
 Run it with ``python examples/two_tower.py``: one process, no Ray, data generated on the spot.
-Each user and each item has a hidden taste; a user clicks an item more often when they agree.
+Items differ in popularity, and each user and each item has a hidden taste: a user clicks popular items
+more often, and items of the same taste.
 """
 
 from __future__ import annotations
@@ -16,7 +17,7 @@ from torchrec import EmbeddingBagCollection, EmbeddingBagConfig, KeyedJaggedTens
 
 from dist_dp import PrivacyEngine, load_release
 
-USERS, ITEMS, RECORDS = 500, 200, 40_000
+USERS, ITEMS, RECORDS = 200, 100, 40_000
 Batch = tuple[KeyedJaggedTensor, KeyedJaggedTensor, Tensor]
 
 
@@ -25,11 +26,13 @@ class Clicks(Dataset[tuple[int, int, float]]):
 
     def __init__(self) -> None:
         generator = torch.Generator().manual_seed(0)
-        taste_of_user = torch.randn(USERS, 4, generator=generator)
-        taste_of_item = torch.randn(ITEMS, 4, generator=generator)
+        popularity = 1.5 * torch.randn(ITEMS, generator=generator)
+        taste_of_user = torch.randn(USERS, 2, generator=generator)
+        taste_of_item = torch.randn(ITEMS, 2, generator=generator)
         self.users = torch.randint(0, USERS, (RECORDS,), generator=generator)
         self.items = torch.randint(0, ITEMS, (RECORDS,), generator=generator)
-        logit = (taste_of_user[self.users] * taste_of_item[self.items]).sum(1)
+        agreement = (taste_of_user[self.users] * taste_of_item[self.items]).sum(1)
+        logit = popularity[self.items] + agreement
         self.clicks = (torch.rand(RECORDS, generator=generator) < torch.sigmoid(logit)).float()
 
     def __len__(self) -> int:
@@ -51,42 +54,48 @@ def collate(records: list[tuple[int, int, float]]) -> Batch:
 
 
 class TwoTower(nn.Module):
-    """A user tower and an item tower; the score is the dot product of what they give."""
+    """A user tower and an item tower; the score is their dot product and the item's own."""
 
-    def __init__(self, dim: int = 16) -> None:
+    def __init__(self, dim: int = 8) -> None:
         super().__init__()
         self.user_table = self._table("user", USERS, dim)
         self.item_table = self._table("item", ITEMS, dim)
-        self.user_tower = nn.Sequential(nn.Linear(dim, dim), nn.ReLU(), nn.Linear(dim, dim))
-        self.item_tower = nn.Sequential(nn.Linear(dim, dim), nn.ReLU(), nn.Linear(dim, dim))
+        self.user_tower = nn.Linear(dim, dim)
+        self.item_tower = nn.Linear(dim, dim)
+        self.item_score = nn.Linear(dim, 1)
 
     @staticmethod
     def _table(name: str, rows: int, dim: int) -> EmbeddingBagCollection:
         config = EmbeddingBagConfig(
-            name=name, num_embeddings=rows, embedding_dim=dim, feature_names=[name]
+            name=name,
+            num_embeddings=rows,
+            embedding_dim=dim,
+            feature_names=[name],
+            init_fn=lambda weight: nn.init.normal_(weight, std=0.3),
         )
         return EmbeddingBagCollection(tables=[config], device=torch.device("cpu"))
 
     def forward(self, users: KeyedJaggedTensor, items: KeyedJaggedTensor) -> Tensor:
         """Scores, float ``[batch]``."""
         user = self.user_tower(self.user_table(users).values())
-        item = self.item_tower(self.item_table(items).values())
-        return (user * item).sum(1)
+        features = self.item_table(items).values()
+        agreement = (user * self.item_tower(features)).sum(1)
+        return agreement + self.item_score(features).squeeze(1)
 
 
 def main(folder: Path) -> None:
     """Trains, releases, loads the released model again."""
     torch.manual_seed(0)
     model: nn.Module = TwoTower()
-    optimizer = torch.optim.SGD(model.parameters(), lr=1.0)
-    loader = DataLoader(Clicks(), batch_size=1024, collate_fn=collate)
+    optimizer = torch.optim.SGD(model.parameters(), lr=0.5)
+    loader = DataLoader(Clicks(), batch_size=2048, collate_fn=collate)
     criterion = nn.BCEWithLogitsLoss()
 
     # The three lines. The loader becomes a Poisson sampler over the same data set.
     engine = PrivacyEngine(dataset="two-tower-example", ledger=folder / "ledger.sqlite")
     model, optimizer, loader = engine.make_private_with_epsilon(
-        module=model, optimizer=optimizer, data_loader=loader, table_lr=20.0,
-        target_epsilon=8.0, target_delta=1e-6, epochs=10, max_grad_norm=1.0,
+        module=model, optimizer=optimizer, data_loader=loader, table_lr=10.0,
+        target_epsilon=8.0, target_delta=1e-6, epochs=15, max_grad_norm=4.0,
     )  # fmt: skip
 
     for step, (users, items, clicks) in enumerate(loader, start=1):

@@ -22,18 +22,6 @@ class Additive(nn.Module):
         return logits
 
 
-class Normalised(Additive):
-    """With batch normalisation."""
-
-    def __init__(self, schema: DataSchema, dim: int = 8) -> None:
-        super().__init__(schema, dim)
-        self.norm = nn.BatchNorm1d(1)
-
-    def forward(self, dense: Tensor, sparse: object) -> Tensor:
-        normalised: Tensor = self.norm(super().forward(dense, sparse))
-        return normalised
-
-
 class Mixing(Additive):
     """Every logit is relative to the batch."""
 
@@ -44,10 +32,6 @@ class Mixing(Additive):
 
 def additive(schema: DataSchema, dim: int = 8) -> nn.Module:
     return Additive(schema, dim)
-
-
-def normalised(schema: DataSchema) -> nn.Module:
-    return Normalised(schema)
 
 
 def mixing(schema: DataSchema) -> nn.Module:

@@ -30,31 +30,11 @@ from tests.cluster.small import charged_steps, run, runs_left, small, start, wri
 pytestmark = [pytest.mark.ray, pytest.mark.slow]
 
 KINDS = {"C1": "row_wise", "C2": "table_wise", "C3": "column_wise", "C4": "data_parallel"}
-PROMISED = [
-    "mechanism",
-    "epsilon",
-    "delta",
-    "noise_multiplier",
-    "max_grad_norm",
-    "expected_batch_size",
-    "sampling",
-    "steps",
-    "auc",
-    "normalized_entropy",
-    "log_loss",
-    "examples_per_second",
-    "step_ms",
-    "peak_memory_bytes",
-    "world_size",
-    "sharding",
-    "software",
-    "status",
-    "private",
-    "dataset",
-    "num_records",
-    "planned_steps",
-    "phases_ms",
-]
+PROMISED = (
+    "mechanism epsilon delta noise_multiplier max_grad_norm expected_batch_size sampling steps auc "
+    "normalized_entropy log_loss examples_per_second step_ms peak_memory_bytes world_size sharding "
+    "software status private dataset num_records planned_steps phases_ms"
+)
 
 
 @dataclass(frozen=True)
@@ -121,7 +101,7 @@ def stopped(tmp_path_factory: pytest.TempPathFactory, clicks: Path, ray_local: N
         model={
             "name": "custom",
             "factory": "tests.cluster.factories:additive",
-            "factory_args": {"dim": 12},
+            "factory_args": {"dim": 16},
             "sharding": "column_wise",
         },
         privacy={
@@ -146,7 +126,11 @@ def without_privacy(tmp_path_factory: pytest.TempPathFactory, clicks: Path, ray_
         clicks,
         model={"name": "dlrm_dcn", "dcn_layers": 1, "dcn_low_rank_dim": 4, "sharding": "row_wise"},
         privacy={"mechanism": "none", "epsilon": None},
-        train={"table_optimizer": "rowwise_adagrad", "dense_optimizer": "adam"},
+        train={
+            "table_optimizer": "rowwise_adagrad",
+            "dense_optimizer": "adam",
+            "learning_rate": 0.02,
+        },
         output={"name": "plain", "tensorboard": False},
     )
     return fit(home, values)
@@ -193,7 +177,7 @@ def test_run_folder_is_whole_and_private(trained: Run) -> None:
 
 def test_summary_has_what_was_promised(trained: Run) -> None:
     summary = trained.summary
-    assert set(PROMISED) <= set(summary)
+    assert set(PROMISED.split()) <= set(summary)
     assert summary["private"] is True and summary["status"] == "completed"
     assert summary["mechanism"] == "lazydp" and summary["sampling"] == "poisson"
     assert summary["steps"] == summary["planned_steps"] == 12
@@ -211,9 +195,8 @@ def test_every_sharding_kind_took_part(trained: Run) -> None:
     for name, table in shards.items():
         copies = 2 if table["kind"] == "data_parallel" else 1
         assert table["bytes"] == copies * 4 * table["rows"] * table["dim"], name
-        assert (
-            len(table["ranks"]) == (1 if table["kind"] == "table_wise" else 2) or name not in KINDS
-        )
+    owners = {name: len(shards[name]["ranks"]) for name in KINDS}
+    assert owners == {"C1": 2, "C2": 1, "C3": 2, "C4": 2}
 
 
 def test_resolved_configuration_loads_again(trained: Run) -> None:
@@ -231,7 +214,7 @@ def test_metrics_have_one_row_a_step(trained: Run) -> None:
     epsilons = [row["epsilon"] for row in rows]
     assert epsilons == sorted(epsilons)
     assert epsilons[0] > 0 and epsilons[-1] <= 8
-    assert epsilons[-1] == pytest.approx(trained.summary["epsilon"], rel=1e-9)
+    assert epsilons[-1] == pytest.approx(trained.summary["epsilon"], rel=1e-6)
     assert all(0 <= row["clip_fraction"] <= 1 for row in rows)
     # Poisson batches differ; their mean is what was asked for (5 standard errors).
     sizes = [row["batch_size"] for row in rows]
@@ -377,7 +360,7 @@ def test_the_secret_is_stored_nowhere(stopped: Run) -> None:
 
 def test_model_of_the_user_is_built_again(stopped: Run) -> None:
     assert {s["kind"] for s in stopped.summary["sharding"]} == {"column_wise"}
-    assert {s["dim"] for s in stopped.summary["sharding"]} == {12}
+    assert {s["dim"] for s in stopped.summary["sharding"]} == {16}
     metrics = evaluate_release(stopped.folder, str(stopped.store))
     assert metrics["auc"] == pytest.approx(stopped.summary["auc"], rel=1e-4)
 
@@ -410,7 +393,6 @@ def test_none_learns(without_privacy: Run) -> None:
     ("factory", "kind", "words"),
     [
         ("broken", DistDpError, ["RuntimeError", "colour of this model is not known", "--verbose"]),
-        ("normalised", ModelError, ["'norm'", "BatchNorm1d"]),
         ("mixing", ModelError, ["mixes the examples", "'tables'"]),
     ],
 )

@@ -1,0 +1,122 @@
+"""``dist-dp plan``: what a run would be, without running it."""
+
+from __future__ import annotations
+
+import json
+import resource
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from dist_dp.accounting import GaussianEvent, calibrate_noise_multiplier, epsilon_of
+from tests.cluster.small import assert_one_line_error, run, runs_left, small, write_config
+
+KNOWN_NOISE = {"epsilon": None, "noise_multiplier": 1.0}
+
+
+def planned(tmp_path: Path, source: Path | None, *options: str, **sections: Any) -> dict[str, Any]:
+    values = small(tmp_path, source, **sections)
+    result = run("plan", "-c", write_config(tmp_path, values), "--json", *options)
+    assert result.exit_code == 0, result.output
+    report: dict[str, Any] = json.loads(result.stdout)
+    return report
+
+
+def test_noise_is_what_the_calibration_finds(tmp_path: Path) -> None:
+    report = planned(tmp_path, None, "--num-records", "100000", "--epsilon", "3")
+    rate, delta = 128 / 100_000, 0.1 / 100_000
+    assert report["sample_rate"] == rate and report["delta"] == delta
+    sigma = calibrate_noise_multiplier(3.0, delta, rate, 12, "pld")
+    assert report["noise_multiplier"] == sigma
+    assert 2.99 < epsilon_of({GaussianEvent(sigma, rate): 12}, delta) <= 3
+    assert report["epsilon"] <= 3
+    assert "ε = 3" in report["statement"]
+
+
+def test_plan_of_data(tmp_path: Path, clicks: Path) -> None:
+    report = planned(tmp_path, clicks, privacy=KNOWN_NOISE, train={"steps": None, "epochs": 2})
+    assert 1500 < report["num_records"] < 1700  # the train split
+    assert report["steps"] == -(-2 * report["num_records"] // 128)
+    assert report["dataset"] == "clicks"
+    assert len(report["tables"]) == 26
+    # Nothing ran, nothing is charged.
+    assert runs_left(tmp_path) == [] and not (tmp_path / "ledger.sqlite").exists()
+
+
+@pytest.mark.parametrize("workers", [1, 2])
+def test_memory_adds_up(tmp_path: Path, workers: int) -> None:
+    report = planned(
+        tmp_path,
+        None,
+        "--num-records=1000",
+        f"--num-workers={workers}",
+        data={"max_num_embeddings": 1000},
+        model={"sharding": "row_wise"},
+        privacy=KNOWN_NOISE,
+    )
+    tables = report["tables"]
+    memory = report["memory_bytes_by_worker"]
+    assert len(memory) == workers
+    total = sum(table["rows"] * table["dim"] * 4 for table in tables)
+    assert sum(entry["weights"] for entry in memory) == total
+    assert sum(entry["history"] for entry in memory) == sum(t["rows"] * 4 for t in tables)
+    # Row-wise at two workers is half for each (rows are whole, so up to one row a table).
+    for entry in memory:
+        assert abs(entry["weights"] - total / workers) <= 26 * 8 * 4
+        assert entry["optimizer"] == 0
+
+
+def test_copies_and_columns_cost_what_they_cost(tmp_path: Path) -> None:
+    report = planned(
+        tmp_path,
+        None,
+        "--num-records=1000",
+        model={"sharding": {"C1": "data_parallel", "C2": "table_wise", "C3": "column_wise"}},
+        privacy={"mechanism": "none", "epsilon": None},
+        train={"table_optimizer": "adagrad"},
+    )
+    tables = {t["table"].rpartition(".")[2]: t for t in report["tables"]}
+    shards = {name: [s["size"] for s in tables[name]["shards"]] for name in ("C1", "C2", "C3")}
+    assert shards == {"C1": [[300, 8]] * 2, "C2": [[300, 8]], "C3": [[300, 4]] * 2}
+    for entry in report["memory_bytes_by_worker"]:
+        assert entry["optimizer"] == entry["weights"]
+    assert report["epsilon"] is None and "not private" in report["statement"]
+
+
+def test_a_table_of_a_thousand_million_rows_is_only_counted(tmp_path: Path) -> None:
+    before = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+    report = planned(
+        tmp_path,
+        None,
+        "--num-records=1000",
+        data={"num_embeddings": {"C1": 1_000_000_000}},
+        model={"sharding": {"C1": "row_wise"}},
+        privacy=KNOWN_NOISE,
+    )
+    (big,) = (t for t in report["tables"] if t["rows"] == 1_000_000_000)
+    assert big["bytes"] == 32_000_000_000
+    assert sum(e["weights"] for e in report["memory_bytes_by_worker"]) > 32e9
+    # In KiB; importing what plans takes some hundred MiB, the table would take 31 GiB.
+    assert resource.getrusage(resource.RUSAGE_SELF).ru_maxrss - before < 4 << 20
+
+
+def test_a_plan_for_people(tmp_path: Path) -> None:
+    values = small(tmp_path, None, privacy=KNOWN_NOISE)
+    result = run("plan", "-c", write_config(tmp_path, values), "--num-records", "5000")
+    assert result.exit_code == 0, result.output
+    for words in ("noise multiplier", "expected batch", "memory per worker", "sharding", "C26"):
+        assert words in result.stdout
+    assert result.stderr == ""
+
+
+def test_what_cannot_be_planned(tmp_path: Path) -> None:
+    values = small(tmp_path, None, privacy=KNOWN_NOISE)
+    path = write_config(tmp_path, values)
+    assert_one_line_error(run("plan", "-c", path), "data.path is missing")
+    few = run("plan", "-c", path, "--num-records", "100")
+    assert_one_line_error(few, "expected_batch_size 128", "larger than")
+    unknown = run("plan", "-c", path, "--num-records", "1000", "--set", "data.format=auto")
+    assert_one_line_error(unknown, "data.format", "data.columns")
+    table = run("plan", "-c", path, "--num-records=1000", "--set", "model.sharding.C99=row_wise")
+    assert_one_line_error(table, "C99")

@@ -131,6 +131,7 @@ class PrivacyEngine:
         self.accountant = accountant
         self._ledger_path = Path(ledger) if ledger else default_ledger_path()
         self._parts: PrivateModel | None = None
+        self._loader: PoissonLoader | None = None
 
     @property
     def parts(self) -> PrivateModel:
@@ -316,6 +317,7 @@ class PrivacyEngine:
             self.timer,
             done,
         )
+        self._loader = loader
         return module, self._parts.optimizer, loader
 
     @property
@@ -352,6 +354,9 @@ class PrivacyEngine:
         """
         from dist_dp.release import write_release
 
+        if self._loader is not None:
+            # A loop that was left early still holds a lease; give back what never began.
+            self._loader.leases.close(self._loader.steps_drawn)
         return write_release(self, Path(destination), **details)
 
     def _agree_on_secret(self) -> bytes:

@@ -7,7 +7,7 @@ from typing import Any
 NOT_COVERED: tuple[str, ...] = (
     "anyone who watches the memory of the training machines, or which table rows are touched "
     "when: in memory, rows between two reads lack the noise that still waits for them",
-    "everything in the run folder beside `release/`: training metrics, reports and checkpoints "
+    "everything in the run folder beside release/: training metrics, reports and checkpoints "
     "are computed from the records without noise (metrics on held-out records likewise)",
     "the choice of hyper-parameters by looking at several runs on the same records, beyond what "
     "the ledger charges for those runs",

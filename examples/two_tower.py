@@ -1,8 +1,8 @@
 """Makes a hand-written TorchRec two-tower model private, in three lines.
 
 Run it with ``python examples/two_tower.py``: one process, no Ray, data generated on the spot.
-Items differ in popularity, and each user and each item has a hidden taste: a user clicks popular items
-more often, and items of the same taste.
+Items differ in popularity, and each user and each item has a hidden taste: a user clicks popular
+items more often, and items of the same taste.
 """
 
 from __future__ import annotations

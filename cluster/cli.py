@@ -174,6 +174,7 @@ def evaluate(
     run: Annotated[Path, typer.Argument(help="Run folder, or a released model.")],
     data: Annotated[str, typer.Option("--data", "-d", help="Held-out records.")],
     batch_size: Annotated[int, typer.Option(help="Examples at a time.")] = 8192,
+    format_name: Annotated[str, typer.Option("--format", help="Format of the records.")] = "auto",
     skip_bad_rows: Annotated[
         bool, typer.Option("--skip-bad-rows", help="Count and leave out bad rows.")
     ] = False,
@@ -184,7 +185,12 @@ def evaluate(
     from dist_dp.cluster.serving import evaluate_release, print_metrics
 
     metrics = evaluate_release(
-        run, data, batch_size=batch_size, skip_bad_rows=skip_bad_rows, verbose=verbose
+        run,
+        data,
+        batch_size=batch_size,
+        skip_bad_rows=skip_bad_rows,
+        format_name=format_name,
+        verbose=verbose,
     )
     if json_output:
         print(json.dumps(metrics, indent=2))
@@ -199,12 +205,15 @@ def predict(
     data: Annotated[str, typer.Option("--data", "-d", help="Records in the training format.")],
     out: Annotated[Path, typer.Option("--out", "-o", help="Parquet file to write.")],
     batch_size: Annotated[int, typer.Option(help="Examples at a time.")] = 8192,
+    format_name: Annotated[str, typer.Option("--format", help="Format of the records.")] = "auto",
     verbose: VerboseOption = False,
 ) -> None:
     """Write a released model's predictions, in the order of the records."""
     from dist_dp.cluster.serving import predict_release
 
-    count = predict_release(run, data, out, batch_size=batch_size, verbose=verbose)
+    count = predict_release(
+        run, data, out, batch_size=batch_size, format_name=format_name, verbose=verbose
+    )
     print(f"{count:,} predictions in {out}")
 
 

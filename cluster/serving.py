@@ -26,10 +26,11 @@ _COUNTS = ("examples", "skipped_rows")
 
 
 @contextmanager
-def _records(schema: DataSchema, data: str, skip_bad_rows: bool) -> Iterator[tuple[Any, int]]:
+def _records(
+    schema: DataSchema, data: str, skip_bad_rows: bool, format_name: str
+) -> Iterator[tuple[Any, int]]:
     """Records in the training format, or a store's held-out split; and bad rows left out."""
     from dist_dp.datasets.convert import convert
-    from dist_dp.datasets.readers import detect_format
     from dist_dp.datasets.store import ArrowStore
 
     if (Path(data) / "manifest.json").is_file():
@@ -44,7 +45,7 @@ def _records(schema: DataSchema, data: str, skip_bad_rows: bool) -> Iterator[tup
         manifest = convert(
             data,
             destination,
-            format=detect_format(Path(data)),
+            format=format_name,
             schema=schema,
             split=None,
             skip_bad_rows=skip_bad_rows,
@@ -97,6 +98,7 @@ def evaluate_release(
     *,
     batch_size: int = 8192,
     skip_bad_rows: bool = False,
+    format_name: str = "auto",
     verbose: bool = False,
 ) -> dict[str, float]:
     """Evaluates a released model on records; see :func:`dist_dp.cluster.evaluation.metrics_of`."""
@@ -104,14 +106,20 @@ def evaluate_release(
     from dist_dp.cluster.evaluation import evaluate
 
     model, schema = load_model(run)
-    with _records(schema, data, skip_bad_rows) as (dataset, skipped):
+    with _records(schema, data, skip_bad_rows, format_name) as (dataset, skipped):
         metrics = evaluate(model, dataset, batch_size=batch_size, device=torch.device("cpu"))
     return {**metrics, "skipped_rows": float(skipped)} if skipped else metrics
 
 
 @torch.no_grad()
 def predict_release(
-    run: str | Path, data: str, out: Path, *, batch_size: int = 8192, verbose: bool = False
+    run: str | Path,
+    data: str,
+    out: Path,
+    *,
+    batch_size: int = 8192,
+    format_name: str = "auto",
+    verbose: bool = False,
 ) -> int:
     """Writes the predicted probability of every record to a Parquet file, in their order.
 
@@ -128,7 +136,7 @@ def predict_release(
     layout = pa.schema([("probability", pa.float32())])
     partial = out.with_name(f".{out.name}.partial")
     try:
-        with _records(schema, data, skip_bad_rows=False) as (dataset, _):
+        with _records(schema, data, False, format_name) as (dataset, _):
             with pq.ParquetWriter(partial, layout) as writer:
                 for start in range(0, len(dataset), batch_size):
                     end = min(len(dataset), start + batch_size)

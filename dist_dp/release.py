@@ -147,7 +147,10 @@ def _dense_state(parts: PrivateModel) -> dict[str, Tensor]:
 def _write_dense(parts: PrivateModel, partial: Path) -> None:
     from safetensors.torch import save_file
 
-    save_file(_dense_state(parts), partial / "dense.safetensors")
+    path = partial / "dense.safetensors"
+    save_file(_dense_state(parts), path)
+    # Readable like the release's other files; safetensors makes its own readable by the owner alone.
+    path.chmod((partial / "tables").stat().st_mode & 0o666)
 
 
 def _finish(

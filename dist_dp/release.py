@@ -149,7 +149,7 @@ def _write_dense(parts: PrivateModel, partial: Path) -> None:
 
     path = partial / "dense.safetensors"
     save_file(_dense_state(parts), path)
-    # Readable like the release's other files; safetensors makes its own readable by the owner alone.
+    # Readable like the release's other files; safetensors' own are for the owner alone.
     path.chmod((partial / "tables").stat().st_mode & 0o666)
 
 

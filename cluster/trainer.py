@@ -173,17 +173,18 @@ class Trainer:
 
         monitor = start_monitor(job.run_name)
         done = threading.Event()
-
         stopping = threading.Event()
 
         def poll() -> None:
+            announced = False
             while not done.wait(0.2):
                 try:
                     progress = ray.get(monitor.latest.remote(), timeout=5)
                 except ray.exceptions.RayError:
                     return
-                if stopping.is_set() and progress.get("phase") == "training":
-                    progress = {"phase": STOPPING}
+                # Said at least once, even if the workers are past training by now.
+                if stopping.is_set() and not (announced and progress.get("phase") != "training"):
+                    progress, announced = {"phase": STOPPING}, True
                 self.watch(progress)
 
         watcher = threading.Thread(target=poll, daemon=True)

@@ -8,7 +8,7 @@ from rich.box import SIMPLE_HEAD
 from rich.console import Console
 from rich.table import Table
 
-from dist_dp.engine import default_ledger_path
+from dist_dp.account import default_ledger_path
 from dist_dp.errors import LedgerError
 from dist_dp.ledger import Ledger
 

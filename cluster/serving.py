@@ -20,7 +20,7 @@ from dist_dp.cluster.config import ModelConfig
 from dist_dp.cluster.run_folder import release_of
 from dist_dp.datasets.schema import DataSchema
 from dist_dp.errors import DataError, ReleaseError
-from dist_dp.release import Release
+from dist_dp.released import Release
 
 _COUNTS = ("examples", "skipped_rows")
 
@@ -65,7 +65,7 @@ def load_model(run: str | Path) -> tuple[torch.nn.Module, DataSchema]:
 
     Raises:
         ReleaseError: It is no release, or was made by the Python API from a model that this
-            package cannot build (use ``dist_dp.release.load_release`` with the model then).
+            package cannot build (use ``dist_dp.released.load_release`` with the model then).
     """
     from dist_dp.cluster.models import build_model
 
@@ -74,7 +74,7 @@ def load_model(run: str | Path) -> tuple[torch.nn.Module, DataSchema]:
     if not info:
         raise ReleaseError(
             f"'{release.folder}' does not say how its model is built (it was made by the Python "
-            "API): use dist_dp.release.load_release(folder, model) with your model"
+            "API): use dist_dp.released.load_release(folder, model) with your model"
         )
     schema = DataSchema.model_validate(info["columns"])
     model = build_model(ModelConfig.model_validate(info["model"]), schema, meta_tables=False)

@@ -11,6 +11,7 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
+from dist_dp.account import check_whole_run_fits, default_ledger_path
 from dist_dp.cluster.accountant import start_accountant
 from dist_dp.cluster.config import ClusterConfig, RunConfig, load_config
 from dist_dp.cluster.job import Job
@@ -27,7 +28,6 @@ from dist_dp.cluster.run_folder import (
     read_summary,
     write_summary,
 )
-from dist_dp.engine import check_whole_run_fits, default_ledger_path
 from dist_dp.errors import DistDpError
 from dist_dp.plan import PrivacyPlan
 

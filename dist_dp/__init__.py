@@ -12,16 +12,16 @@ from typing import TYPE_CHECKING, Any
 if TYPE_CHECKING:
     from dist_dp.engine import PrivacyEngine
     from dist_dp.plan import PrivacyPlan
-    from dist_dp.release import Release, load_release
+    from dist_dp.released import Release, load_release
     from dist_dp.sharding import TableOptimizer
 
 # Imported when first used: torchrec alone takes seconds.
 _HOMES = {
     "PrivacyEngine": "dist_dp.engine",
     "PrivacyPlan": "dist_dp.plan",
-    "Release": "dist_dp.release",
+    "Release": "dist_dp.released",
     "TableOptimizer": "dist_dp.sharding",
-    "load_release": "dist_dp.release",
+    "load_release": "dist_dp.released",
 }
 
 __all__ = ["PrivacyEngine", "PrivacyPlan", "Release", "TableOptimizer", "load_release"]

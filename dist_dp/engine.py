@@ -17,7 +17,6 @@ Example:
 from __future__ import annotations
 
 import math
-import os
 import secrets
 import uuid
 from collections.abc import Mapping
@@ -27,13 +26,11 @@ from typing import Any
 import torch
 from torch import nn
 
-from dist_dp.accountant import LocalAccountant
-from dist_dp.accounting import max_steps
+from dist_dp.account import default_ledger_path, open_account
 from dist_dp.checkpoint import load_checkpoint, read_checkpoint_info, read_secret
 from dist_dp.distributed import broadcast_object, ensure_process_group, rank
-from dist_dp.errors import BudgetError, ConfigError, DistDpError
+from dist_dp.errors import ConfigError, DistDpError
 from dist_dp.leases import StepLeases
-from dist_dp.ledger import Ledger
 from dist_dp.loader import PoissonLoader, as_source
 from dist_dp.mechanisms import mechanism_class
 from dist_dp.optimizer import LossReduction, PrivateOptimizer
@@ -42,44 +39,6 @@ from dist_dp.private_model import PrivateModel, build_private_model, optimizer_s
 from dist_dp.sampling import PoissonSampler
 from dist_dp.sharding import ShardingKind, TableOptimizer
 from dist_dp.timing import PhaseTimer
-
-
-def default_ledger_path() -> Path:
-    """Where the ledger lives unless told otherwise.
-
-    ``$DIST_DP_LEDGER``, or ``dist-dp/ledger.sqlite`` in the user's data folder: one place for
-    all runs, so that runs which name the same data set share its budget wherever they start.
-    """
-    given = os.environ.get("DIST_DP_LEDGER")
-    if given:
-        return Path(given)
-    home = os.environ.get("XDG_DATA_HOME") or Path.home() / ".local" / "share"
-    return Path(home) / "dist-dp" / "ledger.sqlite"
-
-
-def check_whole_run_fits(accountant: Any, dataset: str, plan: PrivacyPlan) -> None:
-    """Refuses, before anything is charged, a run that would end half-way.
-
-    Args:
-        accountant: Knows the data set.
-        dataset: Its name in the ledger.
-        plan: A plan with noise.
-
-    Raises:
-        BudgetError: What is left of the data set's budget does not cover every planned step.
-    """
-    event = plan.event()
-    assert event is not None
-    spend = accountant.spent(dataset)
-    fits = max_steps(event, spend.steps_by_event, spend.budget_epsilon, spend.delta, plan.steps)
-    if fits < plan.steps:
-        raise BudgetError(
-            f"data set '{dataset}' has spent ε = {spend.epsilon:.4g} of "
-            f"{spend.budget_epsilon:.4g} (δ = {spend.delta:g}); {fits} of the {plan.steps} "
-            "planned steps still fit. Plan fewer or noisier steps, raise the budget (dist-dp "
-            f"budget set {dataset} --epsilon … --reason …), or let the run stop when the "
-            "budget is used up (privacy.stop_at_budget)"
-        )
 
 
 class PrivacyEngine:
@@ -307,11 +266,21 @@ class PrivacyEngine:
         done = 0
         if self.resume_from is not None:
             done = load_checkpoint(self, self.resume_from)
-        accountant = self._open_run(plan, self.run_id, budget, fingerprint, stop_at_budget)
+        self.accountant = open_account(
+            self.accountant,
+            self._ledger_path,
+            plan,
+            dataset=self.dataset,
+            run_id=self.run_id,
+            budget=budget,
+            fingerprint=fingerprint,
+            stop_at_budget=stop_at_budget,
+            resumed=self.resume_from is not None,
+        )
         loader = PoissonLoader(
             source,
             PoissonSampler(secret, plan.num_records, plan.sample_rate),
-            StepLeases(accountant, self.run_id, plan.steps, lease_steps),
+            StepLeases(self.accountant, self.run_id, plan.steps, lease_steps),
             self._parts.state,
             plan.steps,
             self.timer,
@@ -370,46 +339,3 @@ class PrivacyEngine:
         self._secret = broadcast_object(secret)
         assert self._secret is not None
         return self._secret
-
-    def _open_run(
-        self,
-        plan: PrivacyPlan,
-        run_id: str,
-        budget: tuple[float, float] | None,
-        fingerprint: str | None,
-        partial: bool,
-    ) -> Any:
-        """Registers the data set and opens the run's account, on rank 0; errors reach all."""
-        failure: DistDpError | None = None
-        accountant = None
-        if rank() == 0:
-            try:
-                accountant = self.accountant or LocalAccountant(Ledger(self._ledger_path))
-                self.accountant = accountant
-                event = plan.event()
-                if self.resume_from is not None:
-                    # The account is open; steps that are run again are charged again.
-                    accountant.run_steps(run_id)
-                elif event is not None:
-                    accountant.register_dataset(
-                        self.dataset,
-                        fingerprint=fingerprint or f"named:{self.dataset}",
-                        num_records=plan.num_records,
-                        epsilon=budget[0] if budget else plan.target_epsilon or plan.epsilon(),
-                        delta=budget[1] if budget else plan.delta,
-                        explicit=budget is not None,
-                    )
-                    if not partial:
-                        check_whole_run_fits(accountant, self.dataset, plan)
-                if self.resume_from is None:
-                    accountant.open_run(
-                        run_id, self.dataset, event, plan.steps, {"non_private": event is None}
-                    )
-            except DistDpError as error:
-                failure = error
-        message = broadcast_object(str(failure) if failure else None)
-        if failure is not None:
-            raise failure
-        if message is not None:
-            raise DistDpError(message)
-        return accountant

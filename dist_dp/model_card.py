@@ -63,7 +63,7 @@ def model_card(privacy: dict[str, Any], name: str, facts: dict[str, Any]) -> str
         "",
         "`dense.safetensors` holds everything outside the tables; `tables/NAME/*.parquet` hold the "
         "embedding tables (columns `row` and `embedding`); `release.json` names every file with "
-        "its sha256. Load with `dist_dp.release.load_release(folder, model)`.",
+        "its sha256. Load with `dist_dp.released.load_release(folder, model)`.",
         "",
     ]
     return "\n".join(lines)

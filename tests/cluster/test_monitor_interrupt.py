@@ -21,7 +21,7 @@ from rich.console import Console
 
 from dist_dp.cluster.console import ProgressLine
 from dist_dp.ledger import Ledger
-from dist_dp.release import Release
+from dist_dp.released import Release
 from tests.cluster.small import charged_steps, small, start, write_config
 
 MARK = "DIST_DP_TEST_MARK"

@@ -10,7 +10,7 @@ import pytest
 from dist_dp.cluster.config import load_config, parse_config
 from dist_dp.cluster.serving import evaluate_release
 from dist_dp.cluster.trainer import Trainer
-from dist_dp.release import Release
+from dist_dp.released import Release
 from tests.cluster.small import ROOT, small
 
 pytestmark = [pytest.mark.real_data, pytest.mark.ray, pytest.mark.slow]

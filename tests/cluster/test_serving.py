@@ -20,7 +20,7 @@ from dist_dp.cluster.models import build_model, logits_of
 from dist_dp.cluster.prepare import prepare
 from dist_dp.cluster.serving import load_model
 from dist_dp.engine import PrivacyEngine
-from dist_dp.release import Release
+from dist_dp.released import Release
 from tests.cluster.small import assert_one_line_error, run, small
 
 

@@ -24,7 +24,7 @@ from dist_dp.cluster.trainer import Trainer
 from dist_dp.cluster.worker import fixed_secret
 from dist_dp.errors import BudgetError, ConfigError, DistDpError, ModelError
 from dist_dp.ledger import Ledger
-from dist_dp.release import Release
+from dist_dp.released import Release
 from tests.cluster.small import charged_steps, run, runs_left, small, start, write_config
 
 pytestmark = [pytest.mark.ray, pytest.mark.slow]

@@ -21,7 +21,7 @@ from dist_dp.accountant import LocalAccountant
 from dist_dp.engine import PrivacyEngine
 from dist_dp.errors import BudgetError, ConfigError, DistDpError, ModelError, ReleaseError
 from dist_dp.ledger import Ledger
-from dist_dp.release import Release, load_release
+from dist_dp.released import Release, load_release
 from tests.dist_dp.placement import RECORDS, model, records
 
 DATA = records()

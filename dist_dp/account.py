@@ -1,0 +1,116 @@
+"""Opens a run's account in the ledger: the last thing before a run, the first that costs budget."""
+
+from __future__ import annotations
+
+import os
+from pathlib import Path
+from typing import Any
+
+from dist_dp.accountant import LocalAccountant
+from dist_dp.accounting import max_steps
+from dist_dp.distributed import broadcast_object, rank
+from dist_dp.errors import BudgetError, DistDpError
+from dist_dp.ledger import Ledger
+from dist_dp.plan import PrivacyPlan
+
+
+def default_ledger_path() -> Path:
+    """Where the ledger lives unless told otherwise.
+
+    ``$DIST_DP_LEDGER``, or ``dist-dp/ledger.sqlite`` in the user's data folder: one place for
+    all runs, so that runs which name the same data set share its budget wherever they start.
+    """
+    given = os.environ.get("DIST_DP_LEDGER")
+    if given:
+        return Path(given)
+    home = os.environ.get("XDG_DATA_HOME") or Path.home() / ".local" / "share"
+    return Path(home) / "dist-dp" / "ledger.sqlite"
+
+
+def check_whole_run_fits(accountant: Any, dataset: str, plan: PrivacyPlan) -> None:
+    """Refuses, before anything is charged, a run that would end half-way.
+
+    Args:
+        accountant: Knows the data set.
+        dataset: Its name in the ledger.
+        plan: A plan with noise.
+
+    Raises:
+        BudgetError: What is left of the data set's budget does not cover every planned step.
+    """
+    event = plan.event()
+    assert event is not None
+    spend = accountant.spent(dataset)
+    fits = max_steps(event, spend.steps_by_event, spend.budget_epsilon, spend.delta, plan.steps)
+    if fits < plan.steps:
+        raise BudgetError(
+            f"data set '{dataset}' has spent ε = {spend.epsilon:.4g} of "
+            f"{spend.budget_epsilon:.4g} (δ = {spend.delta:g}); {fits} of the {plan.steps} "
+            "planned steps still fit. Plan fewer or noisier steps, raise the budget (dist-dp "
+            f"budget set {dataset} --epsilon … --reason …), or let the run stop when the "
+            "budget is used up (privacy.stop_at_budget)"
+        )
+
+
+def open_account(
+    accountant: Any,
+    ledger: Path,
+    plan: PrivacyPlan,
+    *,
+    dataset: str,
+    run_id: str,
+    budget: tuple[float, float] | None,
+    fingerprint: str | None,
+    stop_at_budget: bool,
+    resumed: bool,
+) -> Any:
+    """Registers the data set if it is new and opens the run's account; every rank calls it.
+
+    Args:
+        accountant: Rank 0's, or None for one on ``ledger`` in this process.
+        ledger: Path of the ledger, used without an accountant.
+        plan: The run's plan.
+        dataset: Name of the data set.
+        run_id: Name of the account.
+        budget: Total (ε, δ) of a new data set; by default what the plan spends.
+        fingerprint: Identifies the records; by default the name alone does.
+        stop_at_budget: Open it although not all planned steps fit.
+        resumed: The account is open already; steps that are run again are charged again.
+
+    Returns:
+        The accountant on rank 0, None elsewhere.
+
+    Raises:
+        BudgetError: The data set's budget does not allow the run.
+        LedgerError: The run is in the ledger already, or the ledger cannot be used.
+    """
+    failure: DistDpError | None = None
+    if rank() == 0:
+        try:
+            accountant = accountant or LocalAccountant(Ledger(ledger))
+            event = plan.event()
+            if resumed:
+                accountant.run_steps(run_id)
+            else:
+                if event is not None:
+                    accountant.register_dataset(
+                        dataset,
+                        fingerprint=fingerprint or f"named:{dataset}",
+                        num_records=plan.num_records,
+                        epsilon=budget[0] if budget else plan.target_epsilon or plan.epsilon(),
+                        delta=budget[1] if budget else plan.delta,
+                        explicit=budget is not None,
+                    )
+                    if not stop_at_budget:
+                        check_whole_run_fits(accountant, dataset, plan)
+                accountant.open_run(
+                    run_id, dataset, event, plan.steps, {"non_private": event is None}
+                )
+        except DistDpError as error:
+            failure = error
+    message = broadcast_object(str(failure) if failure else None)
+    if failure is not None:
+        raise failure
+    if message is not None:
+        raise DistDpError(message)
+    return accountant if rank() == 0 else None

@@ -55,12 +55,20 @@ def show(path: Path | None, dataset: str | None) -> None:
 
 
 def change(
-    path: Path | None, dataset: str, epsilon: float, delta: float | None, reason: str
+    path: Path | None,
+    dataset: str,
+    epsilon: float,
+    delta: float | None,
+    reason: str,
+    allow_large_delta: bool = False,
 ) -> None:
     """Sets a data set's total budget."""
     ledger = _open(path)
     now = next((b for b in ledger.datasets() if b.name == dataset), None)
     if now is None:
         raise LedgerError(f"the ledger knows no data set '{dataset}'; see dist-dp budget show")
-    ledger.set_budget(dataset, epsilon, delta if delta is not None else now.delta, reason)
-    Console().print(f"budget of '{dataset}': ε = {now.epsilon:g} → {epsilon:g}")
+    delta = delta if delta is not None else now.delta
+    ledger.set_budget(dataset, epsilon, delta, reason, allow_large_delta=allow_large_delta)
+    Console().print(
+        f"budget of '{dataset}': ε = {now.epsilon:g} → {epsilon:g}, δ = {now.delta:g} → {delta:g}"
+    )

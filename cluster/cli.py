@@ -120,8 +120,14 @@ def train(
 ) -> None:
     """Train a model and release it with its privacy statement."""
     from dist_dp.cluster.console import print_summary, watched_fit
+    from dist_dp.errors import ConfigError
 
     if resume is not None:
+        given = [config, data, epsilon, delta, num_workers, address, name, output, settings]
+        if skip_bad_rows or allow_large_delta or any(value is not None for value in given):
+            raise ConfigError(
+                "--resume goes on with the run's own configuration; leave the other options out"
+            )
         print_summary(*watched_fit(resume, verbose=verbose))
         return
     resolved = _config(
@@ -334,12 +340,15 @@ def budget_set(
     epsilon: Annotated[float, typer.Option(help="New total ε.")],
     reason: Annotated[str, typer.Option(help="Why; it is kept in the ledger.")],
     delta: Annotated[float | None, typer.Option(help="New total δ.")] = None,
+    allow_large_delta: Annotated[
+        bool, typer.Option("--force-delta", help="Accept δ ≥ 1/records.")
+    ] = False,
     ledger: LedgerOption = None,
 ) -> None:
     """Change the total budget of a data set; the change is recorded."""
     from dist_dp.cluster.budget import change
 
-    change(ledger, dataset, epsilon, delta, reason)
+    change(ledger, dataset, epsilon, delta, reason, allow_large_delta)
 
 
 @app.command()

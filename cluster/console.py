@@ -67,7 +67,7 @@ class ProgressLine:
         epsilon = progress["epsilon"]
         privacy = "not private"
         if math.isfinite(epsilon):
-            privacy = f"ε {epsilon:.2f}"
+            privacy = f"ε ≤ {epsilon:.2f}"
             if self._target:
                 privacy += f" of {self._target:g}"
         parts = [

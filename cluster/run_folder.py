@@ -80,11 +80,16 @@ def read_summary(folder: Path) -> dict[str, Any]:
     return summary
 
 
-def keep_release(folder: Path, step: int) -> None:
-    """Moves the release of an interrupted run aside, before the run goes on."""
+def keep_release(folder: Path) -> None:
+    """Moves the release of an interrupted run aside, just before the run writes another."""
     release = folder / "release"
-    if release.is_dir():
-        release.rename(folder / f"release-step-{step:06d}")
+    if not release.is_dir():
+        return
+    manifest = json.loads((release / "release.json").read_text(encoding="utf-8"))
+    kept = folder / f"release-step-{manifest['settled_to_step']:06d}"
+    if kept.exists():
+        raise DataError(f"'{kept}' is in the way of keeping the release before; move it")
+    release.rename(kept)
 
 
 def write_summary(folder: Path, summary: dict[str, Any]) -> None:

@@ -24,7 +24,6 @@ from dist_dp.cluster.run_folder import (
     MARK,
     check_run_name_is_free,
     create_run_folder,
-    keep_release,
     read_summary,
     write_summary,
 )
@@ -78,8 +77,7 @@ class Trainer:
         from dist_dp.cluster.worker import checkpoint_folder
 
         folder = Path(folder).resolve()
-        info = read_checkpoint_info(checkpoint_folder(folder))
-        keep_release(folder, int(info["step"]))
+        read_checkpoint_info(checkpoint_folder(folder))
         return cls(load_config(folder / MARK), resume=folder, **options)
 
     def fit(self) -> dict[str, Any]:

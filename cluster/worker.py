@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import shutil
 import time
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -13,7 +14,7 @@ from dist_dp import kernels
 from dist_dp.cluster import quiet
 from dist_dp.cluster.config import RunConfig, TrainConfig
 from dist_dp.cluster.job import Job
-from dist_dp.cluster.run_folder import write_summary
+from dist_dp.cluster.run_folder import keep_release, write_summary
 from dist_dp.distributed import all_gather_cat, all_reduce_max, barrier, rank
 from dist_dp.schedules import learning_rate_at
 
@@ -72,6 +73,7 @@ class _Run:
             secret=None if seed is None else fixed_secret(seed),
             resume_from=self.checkpoint if job.resume else None,
             device=device,
+            settings={k: job.config[k] for k in ("data", "model", "privacy", "train")},
         )
         budget = privacy.dataset_budget
         self.model, self.optimizer, self.loader = self.engine.make_private_from_plan(
@@ -114,17 +116,19 @@ class _Run:
         """Generated examples, not private ones, show whether the model mixes a batch."""
         from dist_dp.cluster.models import logits_of
         from dist_dp.cluster.probe_batch import random_batch
-        from dist_dp.probe import check_examples_independent
+        from dist_dp.probe import check_losses_independent
 
-        if not self.engine.mechanism_class.private:
+        # A resumed run was probed before, and reading rows now would settle them at another step.
+        if not self.engine.mechanism_class.private or self.job.resume:
             return
-        batch = random_batch(self.job.schema, 4).to(self.device)
 
-        def losses() -> torch.Tensor:
+        def losses(seeds: Sequence[int]) -> torch.Tensor:
+            self.optimizer.forget()
+            batch = random_batch(self.job.schema, seeds).to(self.device)
             return _per_example_loss(logits_of(self.model, batch), batch.labels)
 
-        check_examples_independent(self.model, self.engine.parts.cuts, losses)
-        self.optimizer.zero_grad()
+        check_losses_independent(self.engine.parts.cuts, losses)
+        self.optimizer.forget()
         self.timer.take()
 
     def _loop(self) -> None:
@@ -258,6 +262,15 @@ class _Run:
         if self.link is not None:
             self.link.push({"phase": "settling and releasing"})
         summary = make_summary(self, metrics, split if metrics else None)
+        keep = self.status == "interrupted" and bool(self.config.train.checkpoint_every)
+        if keep:
+            # Settled first, and saved before the release can be seen: the run goes on from exactly
+            # the rows that are released.
+            self.engine.parts.settle()
+            self._save_checkpoint()
+        if rank() == 0:
+            keep_release(self.folder)
+        barrier()
         released = self.engine.release(
             self.folder / "release",
             model_info={
@@ -269,10 +282,7 @@ class _Run:
         if rank() == 0:
             summary["release"] = str(released.relative_to(self.folder))
             write_summary(self.folder, summary)
-        if self.status == "interrupted" and self.config.train.checkpoint_every:
-            # After the release, which settled every row: the run goes on from there.
-            self._save_checkpoint()
-        elif rank() == 0:
+        if rank() == 0 and not keep:
             assert self.engine.accountant is not None
             self.engine.accountant.close_run(self.job.run_name, self.status)
             # The secret is of no more use, and dangerous to keep.

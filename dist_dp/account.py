@@ -9,7 +9,7 @@ from typing import Any
 from dist_dp.accountant import LocalAccountant
 from dist_dp.accounting import max_steps
 from dist_dp.distributed import broadcast_object, rank
-from dist_dp.errors import BudgetError, DistDpError
+from dist_dp.errors import BudgetError, DistDpError, LedgerError
 from dist_dp.ledger import Ledger
 from dist_dp.plan import PrivacyPlan
 
@@ -52,6 +52,22 @@ def check_whole_run_fits(accountant: Any, dataset: str, plan: PrivacyPlan) -> No
         )
 
 
+def _check_no_later_release(accountant: Any, run_id: str, step: int, settled: bool) -> None:
+    """Refuses to go on from a checkpoint that a release has overtaken.
+
+    The noise of a row is keyed by the interval between two settles. A release settles every row;
+    a run that goes on from before it would settle over other intervals, and the steps in the
+    release would be published twice with independent noise, but charged once.
+    """
+    released = accountant.released_step(run_id)
+    if released > step or (released == step and released > 0 and not settled):
+        raise LedgerError(
+            f"run '{run_id}' released a model of step {released} after its checkpoint of step "
+            f"{step}: going on would publish those steps again with other noise. Keep that "
+            "release, or start a new run."
+        )
+
+
 def open_account(
     accountant: Any,
     ledger: Path,
@@ -62,7 +78,7 @@ def open_account(
     budget: tuple[float, float] | None,
     fingerprint: str | None,
     stop_at_budget: bool,
-    resumed: bool,
+    resumed_at: tuple[int, bool] | None,
 ) -> Any:
     """Registers the data set if it is new and opens the run's account; every rank calls it.
 
@@ -75,22 +91,25 @@ def open_account(
         budget: Total (ε, δ) of a new data set; by default what the plan spends.
         fingerprint: Identifies the records; by default the name alone does.
         stop_at_budget: Open it although not all planned steps fit.
-        resumed: The account is open already; steps that are run again are charged again.
+        resumed_at: For a run that goes on: the step of its checkpoint, and whether every row
+            was settled in it. The account is open already; steps that are run again are charged
+            again.
 
     Returns:
         The accountant on rank 0, None elsewhere.
 
     Raises:
         BudgetError: The data set's budget does not allow the run.
-        LedgerError: The run is in the ledger already, or the ledger cannot be used.
+        LedgerError: The run is in the ledger already, the ledger cannot be used, or a resumed
+            run has released a model that its checkpoint knows nothing of.
     """
     failure: DistDpError | None = None
     if rank() == 0:
         try:
             accountant = accountant or LocalAccountant(Ledger(ledger))
             event = plan.event()
-            if resumed:
-                accountant.run_steps(run_id)
+            if resumed_at is not None:
+                _check_no_later_release(accountant, run_id, *resumed_at)
             else:
                 if event is not None:
                     accountant.register_dataset(
@@ -100,6 +119,7 @@ def open_account(
                         epsilon=budget[0] if budget else plan.target_epsilon or plan.epsilon(),
                         delta=budget[1] if budget else plan.delta,
                         explicit=budget is not None,
+                        allow_large_delta=plan.allow_large_delta,
                     )
                     if not stop_at_budget:
                         check_whole_run_fits(accountant, dataset, plan)

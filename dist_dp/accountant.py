@@ -13,9 +13,17 @@ if TYPE_CHECKING:
     from dist_dp.ledger import Ledger
 
 WRITING = frozenset(
-    {"register_dataset", "set_budget", "open_run", "reserve", "settle", "close_run"}
+    {
+        "register_dataset",
+        "set_budget",
+        "open_run",
+        "reserve",
+        "settle",
+        "record_release",
+        "close_run",
+    }
 )
-READING = frozenset({"spent", "run_epsilon", "run_steps", "history", "datasets"})
+READING = frozenset({"spent", "run_epsilon", "run_steps", "released_step", "history", "datasets"})
 
 
 class Accountant(ABC):
@@ -42,6 +50,7 @@ class Accountant(ABC):
         delta: float | None = None,
         unit: str = "record",
         explicit: bool = True,
+        allow_large_delta: bool = False,
         request_id: str | None = None,
     ) -> DatasetBudget:
         """Register a data set with its total budget, or return the budget it has."""
@@ -54,15 +63,31 @@ class Accountant(ABC):
             delta=delta,
             unit=unit,
             explicit=explicit,
+            allow_large_delta=allow_large_delta,
             request_id=request_id,
         )
         return cast(DatasetBudget, result)
 
     def set_budget(
-        self, name: str, epsilon: float, delta: float, reason: str, *, request_id: str | None = None
+        self,
+        name: str,
+        epsilon: float,
+        delta: float,
+        reason: str,
+        *,
+        allow_large_delta: bool = False,
+        request_id: str | None = None,
     ) -> DatasetBudget:
         """Change a data set's total budget."""
-        result = self._write("set_budget", name, epsilon, delta, reason, request_id=request_id)
+        result = self._write(
+            "set_budget",
+            name,
+            epsilon,
+            delta,
+            reason,
+            allow_large_delta=allow_large_delta,
+            request_id=request_id,
+        )
         return cast(DatasetBudget, result)
 
     def open_run(
@@ -89,6 +114,14 @@ class Accountant(ABC):
     def settle(self, lease_id: str, used_steps: int, *, request_id: str | None = None) -> None:
         """Record how many steps of a lease were begun, and give the others back."""
         self._write("settle", lease_id, used_steps, request_id=request_id)
+
+    def record_release(self, run_id: str, step: int, *, request_id: str | None = None) -> None:
+        """Record that a model settled to ``step`` is about to be released."""
+        self._write("record_release", run_id, step, request_id=request_id)
+
+    def released_step(self, run_id: str) -> int:
+        """Return the last step that a recorded release of a run holds."""
+        return int(self._call("released_step", run_id))
 
     def close_run(self, run_id: str, status: str, *, request_id: str | None = None) -> None:
         """Close a run; it reserves no more."""

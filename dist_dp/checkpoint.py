@@ -22,7 +22,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import Tensor
 
-from dist_dp.distributed import all_together, rank, world_size
+from dist_dp.distributed import all_reduce_max, all_together, rank, world_size
 from dist_dp.errors import CheckpointError
 
 if TYPE_CHECKING:
@@ -73,6 +73,9 @@ def save_checkpoint(engine: PrivacyEngine, folder: Path) -> Path:
             _write_secret(partial / "secret", engine.secret)
 
     layouts = _gather_layouts(parts)
+    step = parts.mechanism.schedule.step
+    behind = torch.tensor([float(any(bool((s.last_step < step).any()) for s in parts.shards))])
+    settled = not bool(all_reduce_max(behind.to(parts.device)).item())
 
     def publish() -> None:
         if rank() != 0:
@@ -81,7 +84,9 @@ def save_checkpoint(engine: PrivacyEngine, folder: Path) -> Path:
             "format": FORMAT,
             "format_version": FORMAT_VERSION,
             "note": "PRIVATE: not settled, holds the run's secret. Never publish or serve it.",
-            "step": parts.mechanism.schedule.step,
+            "step": step,
+            "settled": settled,
+            "settings": engine.settings,
             "run_id": engine.run_id,
             "dataset": engine.dataset,
             "fixed_secret": engine.secret_is_given,
@@ -138,7 +143,7 @@ def read_secret(folder: Path) -> bytes:
     return secret
 
 
-def load_checkpoint(engine: PrivacyEngine, folder: Path) -> int:
+def load_checkpoint(engine: PrivacyEngine, folder: Path) -> tuple[int, bool]:
     """Loads a checkpoint into an engine that was just made private; every rank calls it.
 
     Args:
@@ -146,7 +151,7 @@ def load_checkpoint(engine: PrivacyEngine, folder: Path) -> int:
         folder: The checkpoint.
 
     Returns:
-        The last finished step.
+        The last finished step, and whether every row was settled.
 
     Raises:
         CheckpointError: It is damaged, or of another run, plan, sharding or number of workers.
@@ -160,6 +165,7 @@ def load_checkpoint(engine: PrivacyEngine, folder: Path) -> int:
         ("number of workers or sharding", info["layout"], layouts),
         ("privacy plan", info["plan"], parts.plan.model_dump()),
         ("run", info["run_id"], engine.run_id),
+        ("training settings", info["settings"], engine.settings),
     ):
         if saved != json.loads(json.dumps(now)):
             raise CheckpointError(
@@ -177,7 +183,7 @@ def load_checkpoint(engine: PrivacyEngine, folder: Path) -> int:
 
     with torch.no_grad():
         all_together(read, CheckpointError, f"read the checkpoint '{folder}'")
-    return int(info["step"])
+    return int(info["step"]), bool(info["settled"])
 
 
 def _gather_layouts(parts: PrivateModel) -> list[Any]:

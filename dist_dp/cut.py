@@ -16,7 +16,7 @@ import torch
 from torch import Tensor, nn
 
 from dist_dp.clipping.table_norms import TableUse, squared_norms
-from dist_dp.errors import ConfigError, DataError, ModelError
+from dist_dp.errors import ConfigError, DataError, ModelError, ReleaseError
 from dist_dp.replicas import ReplicatedTables, sequence_lookup
 from dist_dp.sharding import TableOptimizer, table_configs
 from dist_dp.table_shard import TableShard
@@ -355,6 +355,18 @@ class CutEmbeddings(nn.Module):
                     "penalty on the weights in the loss?). It would not be clipped: use "
                     "weight_decay of the optimizer instead."
                 )
+
+    def state_dict(self, *args: Any, **kwargs: Any) -> Any:
+        """Refused: rows between two reads lack the noise that waits for them.
+
+        Raises:
+            ReleaseError: Always, naming the way out.
+        """
+        raise ReleaseError(
+            f"state_dict() would hold the tables of '{self.path}' as they are in memory: rows "
+            "between two reads lack noise. To publish the model use engine.release(folder); to go "
+            "on with the run later, dist_dp.checkpoint.save_checkpoint."
+        )
 
     def clear(self) -> None:
         """Forgets recorded forwards without updating anything."""

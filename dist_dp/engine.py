@@ -63,6 +63,7 @@ class PrivacyEngine:
         secret: 32-byte secret for reproducible tests. Leave it out: the operating system makes
             one. A given secret marks the run as not private.
         device: Where tables and dense layers live; by default where the model is.
+        settings: Further settings (of simple types) that a resumed run must share.
     """
 
     def __init__(
@@ -77,11 +78,13 @@ class PrivacyEngine:
         resume_from: str | Path | None = None,
         secret: bytes | None = None,
         device: torch.device | str | None = None,
+        settings: Mapping[str, Any] | None = None,
     ) -> None:
         self.dataset = dataset
         self.mechanism_class = mechanism_class(mechanism)
         self.sharding = sharding
         self.run_id = run_id
+        self.settings = dict(settings or {})
         self.secret_is_given = secret is not None
         self.resume_from = Path(resume_from) if resume_from else None
         self.device = None if device is None else torch.device(device)
@@ -260,12 +263,14 @@ class PrivacyEngine:
             loss_reduction=loss_reduction,
             device=self.device,
             timer=self.timer,
+            # A resumed run was probed before; reading rows now would settle them at another step.
+            probe_first_forward=self.resume_from is None,
         )
         # The run's account is opened last: a model that cannot be trained costs no budget.
         self.run_id = broadcast_object(self.run_id or f"run-{uuid.uuid4().hex[:12]}")
-        done = 0
+        resumed_at = None
         if self.resume_from is not None:
-            done = load_checkpoint(self, self.resume_from)
+            resumed_at = load_checkpoint(self, self.resume_from)
         self.accountant = open_account(
             self.accountant,
             self._ledger_path,
@@ -275,7 +280,7 @@ class PrivacyEngine:
             budget=budget,
             fingerprint=fingerprint,
             stop_at_budget=stop_at_budget,
-            resumed=self.resume_from is not None,
+            resumed_at=resumed_at,
         )
         loader = PoissonLoader(
             source,
@@ -284,7 +289,7 @@ class PrivacyEngine:
             self._parts.state,
             plan.steps,
             self.timer,
-            done,
+            resumed_at[0] if resumed_at else 0,
         )
         self._loader = loader
         return module, self._parts.optimizer, loader

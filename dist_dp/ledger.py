@@ -86,6 +86,7 @@ class Ledger:
         delta: float | None = None,
         unit: str = "record",
         explicit: bool = True,
+        allow_large_delta: bool = False,
         request_id: str | None = None,
     ) -> DatasetBudget:
         """Register a data set with its total budget, or return it if it is registered.
@@ -109,7 +110,7 @@ class Ledger:
                 )
             registered = self._state.datasets.get(name)
             if registered is not None and registered.budget is not None:
-                if explicit:
+                if explicit and (epsilon, delta) != self._first_budget(tx, name):
                     _check_same_budget(registered.budget, epsilon, delta)
                 _check_same_unit(registered.budget, unit)
                 if owner is None:
@@ -124,11 +125,11 @@ class Ledger:
                     raise BudgetError(
                         f"data set {name!r} is new: give its total budget, epsilon and delta"
                     )
-                _check_budget(name, epsilon, delta)
                 if num_records < 1:
                     raise BudgetError(
                         f"data set {name!r} has {num_records} records: give 1 or more"
                     )
+                _check_budget(name, epsilon, delta, num_records, allow_large_delta)
                 tx.append(
                     "dataset_registered",
                     name,
@@ -151,6 +152,7 @@ class Ledger:
         delta: float,
         reason: str,
         *,
+        allow_large_delta: bool = False,
         request_id: str | None = None,
     ) -> DatasetBudget:
         """Change a data set's total budget, with a reason that stays in the history.
@@ -159,11 +161,11 @@ class Ledger:
             BudgetError: more is spent already, or no reason is given.
             LedgerError: the data set is not registered.
         """
-        _check_budget(name, epsilon, delta)
         if not reason.strip():
             raise BudgetError(f"budget of data set {name!r}: give a reason for the change")
         with self._transaction(write=True) as tx:
-            self._state.budget(name)
+            records = self._state.budget(name).num_records
+            _check_budget(name, epsilon, delta, records, allow_large_delta)
             if tx.by_request(request_id) is None:
                 spent = epsilon_of(self._state.counts(name), delta)
                 if spent > epsilon:
@@ -327,6 +329,35 @@ class Ledger:
                 details={},
             )
 
+    def record_release(self, run_id: str, step: int, *, request_id: str | None = None) -> None:
+        """Record that a model settled to ``step`` is about to be released.
+
+        A run that is resumed from before that step would draw other noise for the steps that the
+        release holds already; `released_step` lets it be refused.
+
+        Raises:
+            LedgerError: the run is unknown.
+        """
+        with self._transaction(write=True) as tx:
+            dataset = self._state.run(run_id).dataset
+            if tx.by_request(request_id) is None:
+                tx.append(
+                    "model_released",
+                    dataset,
+                    run_id=run_id,
+                    first_step=step,
+                    request_id=request_id,
+                )
+
+    def released_step(self, run_id: str) -> int:
+        """Return the last step that a recorded release of a run holds, 0 if there is none.
+
+        Raises:
+            LedgerError: the run is unknown.
+        """
+        with self._transaction(write=False):
+            return self._state.run(run_id).released_step
+
     def close_run(self, run_id: str, status: str, *, request_id: str | None = None) -> None:
         """Close a run (``status`` such as finished, stopped or failed); it reserves no more.
 
@@ -392,6 +423,13 @@ class Ledger:
         """
         with self._transaction(write=False):
             return self._state.run(run_id).charged
+
+    def _first_budget(self, tx: Transaction, name: str) -> tuple[float, float] | None:
+        """The budget a data set was registered with: what configurations go on naming."""
+        for entry in tx.entries_after(0, name):
+            if entry.kind == "dataset_registered":
+                return float(entry.details["epsilon"]), float(entry.details["delta"])
+        return None
 
     def history(self, dataset: str) -> list[Entry]:
         """Return every entry of a data set, oldest first.
@@ -497,7 +535,9 @@ def _check_name(what: str, name: str) -> None:
         raise LedgerError(f"{what} name {name!r}: give 1 to 200 printable characters")
 
 
-def _check_budget(name: str, epsilon: float, delta: float) -> None:
+def _check_budget(
+    name: str, epsilon: float, delta: float, num_records: int, allow_large_delta: bool
+) -> None:
     if not (math.isfinite(epsilon) and epsilon > 0):
         raise BudgetError(
             f"budget of data set {name!r}: epsilon is {epsilon}, give a number above 0"
@@ -505,4 +545,10 @@ def _check_budget(name: str, epsilon: float, delta: float) -> None:
     if not 0 < delta < 1:
         raise BudgetError(
             f"budget of data set {name!r}: delta is {delta}, give a number between 0 and 1"
+        )
+    if delta * num_records >= 1 and not allow_large_delta:
+        raise BudgetError(
+            f"budget of data set {name!r}: delta {delta:g} is not below 1/records = "
+            f"{1 / num_records:.3g}: a mechanism that publishes one whole record would pass; lower "
+            "delta, or force it (allow_large_delta, --force-delta)"
         )

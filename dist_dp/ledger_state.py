@@ -21,6 +21,7 @@ EntryKind = Literal[
     "run_opened",
     "steps_reserved",
     "steps_settled",
+    "model_released",
     "run_closed",
 ]
 
@@ -99,6 +100,7 @@ class RunState:
     event: GaussianEvent | None
     planned_steps: int
     charged: int = 0
+    released_step: int = 0
     status: str = "open"
 
     def charge_with(self, extra: int, rounding: Rounding | None) -> int:
@@ -238,6 +240,9 @@ class LedgerState:
             if used > leased:
                 raise LedgerError(f"{used} steps used of {leased} leased")
             self.run(run_id).charged -= leased - used
+        elif entry.kind == "model_released":
+            run = self.run(str(entry.run_id))
+            run.released_step = max(run.released_step, _natural(entry.first_step))
         elif entry.kind == "run_closed":
             self.run(str(entry.run_id)).status = str(details["status"])
         else:

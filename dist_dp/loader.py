@@ -55,7 +55,8 @@ class DataLoaderSource:
 
     Raises:
         ConfigError: The loader streams (IterableDataset): a pass over a stream, shuffled or not,
-            is not Poisson sampling and may not be accounted as if it were.
+            is not Poisson sampling and may not be accounted as if it were. Or it has a sampler
+            that selects or weighs records, which Poisson sampling would not heed.
     """
 
     def __init__(self, loader: torch.utils.data.DataLoader[Any]) -> None:
@@ -65,6 +66,7 @@ class DataLoaderSource:
                 "random access. Give a DataLoader over a map-style data set, or convert the data "
                 "with dist_dp.datasets."
             )
+        _refuse_selection(loader)
         self._dataset: Any = loader.dataset
         self._collate: Callable[[Any], Any] = loader.collate_fn
 
@@ -76,6 +78,25 @@ class DataLoaderSource:
         """See :class:`BatchSource`."""
         padding = [0] * (padded_size - len(indices))
         return self._collate([self._dataset[int(i)] for i in [*indices.tolist(), *padding]])
+
+
+def _refuse_selection(loader: torch.utils.data.DataLoader[Any]) -> None:
+    """Lets only those samplers pass that would visit every record once."""
+    from torch.utils.data import RandomSampler, SequentialSampler
+
+    # With a batch_sampler of the user's, DataLoader has no batch_size.
+    chosen: Any = loader.sampler
+    if loader.batch_sampler is not None and loader.batch_size is None:
+        chosen = loader.batch_sampler
+    elif type(chosen) in (SequentialSampler, RandomSampler):
+        records = len(loader.dataset)  # type: ignore[arg-type]
+        if len(chosen) == records and not getattr(chosen, "replacement", False):
+            return
+    raise ConfigError(
+        f"data_loader has a {type(chosen).__name__} of its own, but batches are drawn by Poisson "
+        "sampling from all records of the data set. Select records with torch.utils.data.Subset "
+        "and leave the sampler out (a distributed one too: every rank draws from its own range)."
+    )
 
 
 def as_source(data: Any) -> BatchSource:

@@ -56,7 +56,7 @@ class PrivateOptimizer(torch.optim.Optimizer):
         max_grad_norm`` is added to every coordinate of the sum, dense layers here and tables by
         the mechanism; the result is divided by the *expected* batch size, since the actual one
         is private. Padding examples count zero. Assumes that the model treats examples one by
-        one (see :func:`dist_dp.probe.check_examples_independent`), a secret noise key, and
+        one (see :func:`dist_dp.probe.check_outputs_independent`), a secret noise key, and
         floating-point arithmetic that behaves as real numbers (low-order bits are not hardened).
 
     Args:
@@ -120,11 +120,12 @@ class PrivateOptimizer(torch.optim.Optimizer):
         if self.dense is not None:
             self.dense.zero_grad(set_to_none)
         if self.recorder.has_gradients or any(c.has_gradients for c in self.cuts):
-            self._forget()
+            self.forget()
         else:
             self.superseded = True
 
-    def _forget(self) -> None:
+    def forget(self) -> None:
+        """Drops a forward that was recorded: the next one starts afresh."""
         self.recorder.clear()
         for cut in self.cuts:
             cut.clear()
@@ -184,7 +185,7 @@ class PrivateOptimizer(torch.optim.Optimizer):
             self._update_dense(sums)
         with self.timer.phase("noise"):
             self.mechanism.after_update([s for c in self.cuts for s in c.shards])
-        self._forget()
+        self.forget()
         norms = norms[is_real]
         clipped = int((norms > self.plan.max_grad_norm).sum()) if self.mechanism.private else 0
         self.last_stats = StepStats(norms, clipped, signal_to_noise)
@@ -260,7 +261,7 @@ def watch_forwards(model: nn.Module, optimizer: PrivateOptimizer) -> None:
         if not (module.training and torch.is_grad_enabled()):
             return
         if optimizer.superseded:
-            optimizer._forget()
+            optimizer.forget()
         if any(c.batch is not None for c in optimizer.cuts) or optimizer.recorder.has_calls:
             raise ModelError(
                 "a second forward in training mode before optimizer.step(): a private step has "

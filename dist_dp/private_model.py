@@ -19,6 +19,7 @@ from dist_dp.mechanisms import Mechanism, mechanism_class
 from dist_dp.noise_schedule import NoiseSchedule
 from dist_dp.optimizer import LossReduction, PrivateOptimizer, watch_forwards
 from dist_dp.plan import PrivacyPlan
+from dist_dp.probe import check_outputs_independent
 from dist_dp.shard_model import shard_model
 from dist_dp.sharding import ShardingKind, TableOptimizer, embedding_collections
 from dist_dp.step_state import StepState
@@ -43,6 +44,11 @@ class PrivateModel:
     def shards(self) -> list[TableShard]:
         """The table shards on this rank."""
         return [s for cut in self.cuts for s in cut.shards]
+
+    @property
+    def device(self) -> torch.device:
+        """Where the model is."""
+        return self.optimizer._device()
 
     def settle(self) -> None:
         """Brings every row on this rank up to date; nothing may leave before."""
@@ -150,6 +156,7 @@ def build_private_model(
     loss_reduction: LossReduction = "mean",
     device: torch.device | None = None,
     timer: PhaseTimer | None = None,
+    probe_first_forward: bool = True,
 ) -> PrivateModel:
     """Shards a model, cuts it at its tables and gives it a private optimizer.
 
@@ -165,6 +172,8 @@ def build_private_model(
         loss_reduction: How the caller reduces per-example losses over the batch.
         device: Where tables and dense layers live.
         timer: Where to note the time of phases.
+        probe_first_forward: Check on the first training batch that the model's output for one
+            example does not depend on the others.
 
     Returns:
         The private model, in training mode.
@@ -212,10 +221,24 @@ def build_private_model(
         timer=timer,
     )
     watch_forwards(model, optimizer)
+    if mechanism_kind.private and probe_first_forward:
+        _probe_first_forward(model)
     private = PrivateModel(model, cuts, recorder, mechanism, optimizer, plan, state)
     private.fixed = {n: t.detach().cpu().clone() for n, t in _fixed_tensors(model, recorder, cuts)}
     model.train()
     return private
+
+
+def _probe_first_forward(model: nn.Module) -> None:
+    """Checks the model on the first batch it is trained on; see :mod:`dist_dp.probe`."""
+    due = [True]
+
+    def before(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
+        if due and module.training and torch.is_grad_enabled():
+            due.clear()
+            check_outputs_independent(module, args, kwargs)
+
+    model.register_forward_pre_hook(before, with_kwargs=True)
 
 
 def _fixed_tensors(

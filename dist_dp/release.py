@@ -78,6 +78,9 @@ def write_release(
         def finish() -> None:
             if rank() == 0:
                 _write_dense(parts, partial)
+                # Before the release can be seen, so that no resumed run draws other noise for it.
+                if engine.accountant is not None:
+                    engine.accountant.record_release(engine.run_id, parts.mechanism.schedule.step)
                 _finish(engine, partial, destination, model_info, facts)
 
         all_together(finish, ReleaseError, "finish the release")
@@ -135,11 +138,15 @@ def _chunks(shard: TableShard) -> Iterator[tuple[Tensor, Tensor]]:
 def _dense_state(parts: PrivateModel) -> dict[str, Tensor]:
     prefixes = tuple(f"{cut.path}." for cut in parts.cuts)
     named = [*parts.model.named_parameters(), *parts.model.named_buffers()]
-    persistent = parts.model.state_dict(keep_vars=True).keys()
+    passing = {
+        f"{path}.{name}" if path else name
+        for path, module in parts.model.named_modules()
+        for name in module._non_persistent_buffers_set
+    }
     return {
         n: t.detach().cpu().contiguous().clone()
         for n, t in named
-        if not n.startswith(prefixes) and n in persistent
+        if not n.startswith(prefixes) and n not in passing
     }
 
 

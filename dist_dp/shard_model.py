@@ -22,6 +22,7 @@ from dist_dp.sharding import (
     embedding_collections,
     make_sharders,
     plan_sharding,
+    table_configs,
 )
 from dist_dp.table_shard import TableShard
 
@@ -55,7 +56,8 @@ def shard_model(
 
     Raises:
         ConfigError: The sharding does not fit the model, or the world.
-        ModelError: The model has no TorchRec collection, or a dense part on the meta device.
+        ModelError: The model has no TorchRec collection, one in two places, a table that is frozen
+            or not float32, or a dense part on the meta device.
     """
     from torchrec.distributed.comm_ops import set_gradient_division
     from torchrec.distributed.types import ShardingEnv
@@ -68,6 +70,9 @@ def shard_model(
         )
     if "" in collections:
         raise ModelError("the model is a bare collection; wrap it in a module with a loss")
+    _refuse_shared(model, collections)
+    for path, collection in collections.items():
+        _check_tables(path, collection)
     device = device or _device_of(model, collections)
     # Sharded gradients must be sums: TorchRec would divide them by the world size.
     set_gradient_division(False)
@@ -113,6 +118,42 @@ def shard_model(
         cuts.append(cut)
     _place_dense(model, cuts, device)
     return cuts
+
+
+def _refuse_shared(model: nn.Module, collections: dict[str, nn.Module]) -> None:
+    """Refuses a collection under two attributes: the cut would take the place of one of them."""
+    paths = {id(collection): path for path, collection in collections.items()}
+    seen: set[int] = set()
+    # A parent in two places is met once, and its collection is replaced for both.
+    for parent_path, parent in model.named_modules():
+        for name, child in parent._modules.items():
+            if id(child) in seen:
+                raise ModelError(
+                    f"collection '{paths[id(child)]}' is registered a second time, as "
+                    f"'{f'{parent_path}.{name}'.removeprefix('.')}': shared collections are not "
+                    "supported. Register it once and call it twice."
+                )
+            if id(child) in paths:
+                seen.add(id(child))
+
+
+def _check_tables(path: str, collection: nn.Module) -> None:
+    """Refuses tables that the fused update would treat otherwise than they say."""
+    weights = {name.split(".")[-2]: weight for name, weight in collection.named_parameters()}
+    for config in table_configs(collection):
+        weight = weights[config.name]
+        if not weight.requires_grad:
+            raise ModelError(
+                f"table '{path}.{config.name}' is frozen (requires_grad=False), but every table of "
+                "a collection is trained: unfreeze it, or keep it outside the collection, as a "
+                "buffer that the model looks up itself"
+            )
+        if config.data_type.name != "FP32" or weight.dtype != torch.float32:
+            raise ModelError(
+                f"table '{path}.{config.name}' has data_type {config.data_type.name} and weights "
+                f"of {weight.dtype}; private training takes float32 tables only: build it with "
+                "data_type=DataType.FP32, the default"
+            )
 
 
 def _device_of(model: nn.Module, collections: dict[str, nn.Module]) -> torch.device:

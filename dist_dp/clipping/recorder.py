@@ -78,7 +78,7 @@ class DenseRecorder:
 
     Raises:
         ModelError: A trainable parameter belongs to a layer without a clipping rule, to two
-            layers, or the layer mixes examples (batch normalisation).
+            layers, or is not float32, or the layer mixes examples (batch normalisation).
 
     Guarantee:
         Every trainable parameter outside the embedding tables is covered by exactly one rule;
@@ -118,7 +118,13 @@ class DenseRecorder:
             self.layers[name] = (module, rule)
             for inner, parameter in module.named_parameters():
                 if parameter.requires_grad:
-                    self.parameters[f"{name}.{inner}" if name else inner] = parameter
+                    full = f"{name}.{inner}" if name else inner
+                    if parameter.dtype != torch.float32:
+                        raise ModelError(
+                            f"parameter '{full}' is {parameter.dtype}; private training takes "
+                            "float32 only: call model.float(), or freeze it"
+                        )
+                    self.parameters[full] = parameter
             return
         own = [n for n, p in module.named_parameters(recurse=False) if p.requires_grad]
         if own:
@@ -204,6 +210,12 @@ class DenseRecorder:
                     f"layer '{name}': its input was changed in place after the layer had read it, "
                     "so its gradient cannot be computed. Replace the in-place operation."
                 )
+            for value in (call.delta, *call.inputs):
+                if value.is_floating_point() and value.dtype != torch.float32:
+                    raise ModelError(
+                        f"layer '{name}' ran in {value.dtype}; clipping and noise need float32: "
+                        "train without autocast, and give the model float32 features"
+                    )
             for value in (call.delta, *call.inputs[:1]):
                 if value.dim() < 2 or value.shape[0] != batch:
                     raise ModelError(

@@ -31,6 +31,9 @@ DataOption = Annotated[
 EpsilonOption = Annotated[float | None, typer.Option(help="Target ε of the run.")]
 DeltaOption = Annotated[float | None, typer.Option(help="δ; by default 0.1 / records.")]
 WorkersOption = Annotated[int | None, typer.Option(help="Number of Ray workers.")]
+SkipOption = Annotated[bool, typer.Option("--skip-bad-rows", help="Count and leave out bad rows.")]
+ForceDeltaOption = Annotated[bool, typer.Option("--force-delta", help="Accept δ ≥ 1/records.")]
+BatchOption = Annotated[int, typer.Option(min=1, help="Examples at a time.")]
 SetOption = Annotated[
     list[str] | None, typer.Option("--set", "-s", help="Any setting, as KEY=VALUE; repeatable.")
 ]
@@ -106,12 +109,8 @@ def train(
     ] = None,
     name: Annotated[str | None, typer.Option(help="Name of the run.")] = None,
     output: Annotated[str | None, typer.Option(help="Folder of all runs.")] = None,
-    skip_bad_rows: Annotated[
-        bool, typer.Option("--skip-bad-rows", help="Count and leave out bad rows.")
-    ] = False,
-    allow_large_delta: Annotated[
-        bool, typer.Option("--force-delta", help="Accept δ ≥ 1/records.")
-    ] = False,
+    skip_bad_rows: SkipOption = False,
+    allow_large_delta: ForceDeltaOption = False,
     resume: Annotated[
         Path | None, typer.Option(help="Run folder of an unfinished run to go on with.")
     ] = None,
@@ -154,11 +153,13 @@ def plan(
     config: ConfigOption = None,
     data: DataOption = None,
     num_records: Annotated[
-        int | None, typer.Option(help="Training records, to plan without the data.")
+        int | None, typer.Option(min=1, help="Training records, to plan without the data.")
     ] = None,
     epsilon: EpsilonOption = None,
     delta: DeltaOption = None,
     num_workers: WorkersOption = None,
+    skip_bad_rows: SkipOption = False,
+    allow_large_delta: ForceDeltaOption = False,
     settings: SetOption = None,
     json_output: Annotated[bool, typer.Option("--json", help="Print JSON.")] = False,
     verbose: VerboseOption = False,
@@ -166,7 +167,18 @@ def plan(
     """Show noise, steps, batch, memory and sharding before anything runs."""
     from dist_dp.cluster.planning import make_report, print_report
 
-    resolved = _config(config, data, epsilon, delta, num_workers, settings)
+    resolved = _config(
+        config,
+        data,
+        epsilon,
+        delta,
+        num_workers,
+        settings,
+        **{
+            "data.skip_bad_rows": skip_bad_rows or None,
+            "privacy.allow_large_delta": allow_large_delta or None,
+        },
+    )
     report = make_report(resolved, num_records=num_records, verbose=verbose)
     if json_output:
         print(json.dumps(report, indent=2))
@@ -179,11 +191,9 @@ def plan(
 def evaluate(
     run: Annotated[Path, typer.Argument(help="Run folder, or a released model.")],
     data: Annotated[str, typer.Option("--data", "-d", help="Held-out records.")],
-    batch_size: Annotated[int, typer.Option(help="Examples at a time.")] = 8192,
+    batch_size: BatchOption = 8192,
     format_name: Annotated[str, typer.Option("--format", help="Format of the records.")] = "auto",
-    skip_bad_rows: Annotated[
-        bool, typer.Option("--skip-bad-rows", help="Count and leave out bad rows.")
-    ] = False,
+    skip_bad_rows: SkipOption = False,
     json_output: Annotated[bool, typer.Option("--json", help="Print JSON.")] = False,
     verbose: VerboseOption = False,
 ) -> None:
@@ -210,7 +220,7 @@ def predict(
     run: Annotated[Path, typer.Argument(help="Run folder, or a released model.")],
     data: Annotated[str, typer.Option("--data", "-d", help="Records in the training format.")],
     out: Annotated[Path, typer.Option("--out", "-o", help="Parquet file to write.")],
-    batch_size: Annotated[int, typer.Option(help="Examples at a time.")] = 8192,
+    batch_size: BatchOption = 8192,
     format_name: Annotated[str, typer.Option("--format", help="Format of the records.")] = "auto",
     verbose: VerboseOption = False,
 ) -> None:
@@ -243,9 +253,7 @@ def convert(
     to: Annotated[Path, typer.Option("--to", help="Folder of the store to create.")],
     config: ConfigOption = None,
     format_name: Annotated[str, typer.Option("--format", help="Format of the source.")] = "auto",
-    skip_bad_rows: Annotated[
-        bool, typer.Option("--skip-bad-rows", help="Count and leave out bad rows.")
-    ] = False,
+    skip_bad_rows: SkipOption = False,
 ) -> None:
     """Convert raw records to memory-mapped Arrow, once."""
     from dist_dp.cluster.config import DataConfig, load_config
@@ -272,12 +280,16 @@ def convert(
 @_readable_errors
 def generate(
     out: Annotated[Path, typer.Argument(help="TSV file to write, in Criteo's layout.")],
-    records: Annotated[int, typer.Option(help="Number of records.")] = 100_000,
+    records: Annotated[int, typer.Option(min=1, help="Number of records.")] = 100_000,
     seed: Annotated[int, typer.Option(help="Seed of records and truth.")] = 0,
 ) -> None:
     """Generate click logs with a planted truth whose best AUC is known."""
     from dist_dp.datasets.synthetic import write_criteo_like
+    from dist_dp.errors import DataError
 
+    for path in (out, Path(f"{out}.truth.json")):
+        if path.exists():
+            raise DataError(f"'{path}' exists; choose another file, or remove it first")
     truth = write_criteo_like(out, records, seed=seed)
     print(
         f"{out}: {records:,} records, click rate {truth['click_rate']:.3f}, best possible AUC "
@@ -292,9 +304,9 @@ def epsilon(
     target_epsilon: Annotated[float | None, typer.Option("--epsilon", help="Target ε.")] = None,
     delta: Annotated[float, typer.Option(help="δ.")] = 1e-6,
     sample_rate: Annotated[float | None, typer.Option(help="Sampling probability.")] = None,
-    records: Annotated[int | None, typer.Option(help="Records, with --batch-size.")] = None,
-    batch_size: Annotated[float | None, typer.Option(help="Expected batch size.")] = None,
-    steps: Annotated[int, typer.Option(help="Steps.")] = 1,
+    records: Annotated[int | None, typer.Option(min=1, help="Records, with --batch-size.")] = None,
+    batch_size: Annotated[float | None, typer.Option(min=0, help="Expected batch size.")] = None,
+    steps: Annotated[int, typer.Option(min=1, help="Steps.")] = 1,
     accountant: Annotated[Literal["pld", "rdp"], typer.Option(help="How ε is composed.")] = "pld",
 ) -> None:
     """Compute ε from σ, or σ from ε, for Poisson-sampled DP-SGD."""
@@ -340,9 +352,7 @@ def budget_set(
     epsilon: Annotated[float, typer.Option(help="New total ε.")],
     reason: Annotated[str, typer.Option(help="Why; it is kept in the ledger.")],
     delta: Annotated[float | None, typer.Option(help="New total δ.")] = None,
-    allow_large_delta: Annotated[
-        bool, typer.Option("--force-delta", help="Accept δ ≥ 1/records.")
-    ] = False,
+    allow_large_delta: ForceDeltaOption = False,
     ledger: LedgerOption = None,
 ) -> None:
     """Change the total budget of a data set; the change is recorded."""
@@ -355,8 +365,8 @@ def budget_set(
 @_readable_errors
 def demo(
     output: Annotated[Path, typer.Option(help="Folder for data, ledger and runs.")] = Path("runs"),
-    records: Annotated[int, typer.Option(help="Records to generate.")] = 60_000,
-    workers: Annotated[int, typer.Option(help="Ray workers.")] = 2,
+    records: Annotated[int, typer.Option(min=1, help="Records to generate.")] = 60_000,
+    workers: Annotated[int, typer.Option(min=1, help="Ray workers.")] = 2,
     verbose: VerboseOption = False,
 ) -> None:
     """Generate click logs and train on them privately, on local Ray workers."""

@@ -37,6 +37,7 @@ class _Section(BaseModel):
 
 
 Fraction = Annotated[float, Field(ge=0, le=1)]
+LayerSize = Annotated[int, Field(ge=1)]
 
 
 class DataConfig(_Section):
@@ -101,8 +102,8 @@ class ModelConfig(_Section):
     factory: str | None = None
     factory_args: dict[str, Any] = {}
     embedding_dim: Annotated[int, Field(ge=4, multiple_of=4)] = 16
-    dense_arch: Annotated[tuple[int, ...], Field(min_length=1)] = (64, 16)
-    over_arch: Annotated[tuple[int, ...], Field(min_length=1)] = (64, 32, 1)
+    dense_arch: Annotated[tuple[LayerSize, ...], Field(min_length=1)] = (64, 16)
+    over_arch: Annotated[tuple[LayerSize, ...], Field(min_length=1)] = (64, 32, 1)
     dcn_layers: Annotated[int, Field(ge=1)] = 3
     dcn_low_rank_dim: Annotated[int, Field(ge=1)] = 32
     sharding: ShardingKind | dict[str, ShardingKind] = "auto"

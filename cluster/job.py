@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from bisect import bisect_left
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
@@ -10,7 +11,10 @@ from typing import Any
 from dist_dp.cluster.config import RunConfig, parse_config
 from dist_dp.datasets.schema import DataSchema
 from dist_dp.datasets.store import ArrowStore
+from dist_dp.errors import ConfigError
+from dist_dp.noise_schedule import SMALLEST_DEVIATION, is_representable, step_deviation
 from dist_dp.plan import PrivacyPlan
+from dist_dp.schedules import learning_rate_at
 
 VERIFY_BELOW_BYTES = 2 << 30
 """Stores below this size are compared with their checksums at every start."""
@@ -79,7 +83,8 @@ def make_plan(config: RunConfig, num_records: int) -> PrivacyPlan:
         num_records: Records of the training split.
 
     Raises:
-        ConfigError: It does not fit the number of records.
+        ConfigError: It does not fit the number of records, or the noise of a step would be too
+            small or too large to be represented.
     """
     privacy, train = config.privacy, config.train
     steps = train.steps
@@ -100,4 +105,31 @@ def make_plan(config: RunConfig, num_records: int) -> PrivacyPlan:
     )
     if privacy.epsilon is not None:
         plan = plan.calibrate(privacy.epsilon, delta)
+    _check_noise(config, plan)
     return plan
+
+
+def _check_noise(config: RunConfig, plan: PrivacyPlan) -> None:
+    """Refuses a learning rate at which a step could not record its noise."""
+    schedule = config.train.learning_rate
+
+    def deviation(step: int) -> float:
+        return step_deviation(
+            learning_rate_at(schedule, step),
+            plan.noise_multiplier or 0.0,
+            plan.max_grad_norm,
+            plan.expected_batch_size,
+        )
+
+    # Rates rise up to the peak and never after it, so the first too small is found by halving.
+    peak = min(plan.steps, max(1, schedule.warmup_steps))
+    falling = range(peak, plan.steps + 1)
+    small = bisect_left(falling, True, key=lambda step: deviation(step) < SMALLEST_DEVIATION)
+    for step in (1, peak, *falling[small : small + 1]):
+        if not is_representable(deviation(step)):
+            raise ConfigError(
+                f"train.learning_rate: it is {learning_rate_at(schedule, step):.3g} at step "
+                f"{step}, where noise of standard deviation {deviation(step):.3g} cannot be "
+                "represented; choose a schedule that stays further from "
+                f"{'0' if deviation(step) < 1 else 'infinity'}"
+            )

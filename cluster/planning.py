@@ -10,6 +10,7 @@ from rich.table import Table
 
 from dist_dp.cluster import quiet
 from dist_dp.cluster.config import RunConfig
+from dist_dp.cluster.console import skipped_text
 from dist_dp.cluster.job import make_plan
 from dist_dp.datasets.schema import DataSchema
 from dist_dp.errors import ConfigError
@@ -37,11 +38,13 @@ def make_report(
         ConfigError: Something does not fit together.
     """
     quiet.apply(verbose)
+    skipped: dict[str, int] = {}
     if num_records is None:
         from dist_dp.cluster.prepare import prepare
 
         prepared = prepare(config)
         schema, plan, dataset = prepared.schema, prepared.plan, prepared.dataset
+        skipped = dict(prepared.store.manifest.skipped_rows)
     else:
         schema, dataset = _declared_schema(config), config.data.name or "not named"
         plan = make_plan(config, num_records)
@@ -56,6 +59,7 @@ def make_report(
         "noise_multiplier": plan.noise_multiplier,
         "max_grad_norm": plan.max_grad_norm,
         "num_records": plan.num_records,
+        "skipped_rows": skipped,
         "expected_batch_size": plan.expected_batch_size,
         "sample_rate": plan.sample_rate,
         "steps": plan.steps,
@@ -166,6 +170,8 @@ def print_report(report: dict[str, Any]) -> None:
         head.add_row("clip norm", f"{report['max_grad_norm']:g}")
     head.add_row("mechanism", report["mechanism"])
     head.add_row("records", f"{report['num_records']:,} (data set '{report['dataset']}')")
+    if report["skipped_rows"]:
+        head.add_row("left out", skipped_text(report["skipped_rows"]))
     head.add_row(
         "expected batch",
         f"{report['expected_batch_size']:g} over {report['num_workers']} worker(s), sample rate "

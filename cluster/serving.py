@@ -125,7 +125,13 @@ def predict_release(
 
     Returns:
         Number of predictions.
+
+    Raises:
+        DataError: The file exists, or the records cannot be read.
+        ReleaseError: It is no release.
     """
+    if out.exists():
+        raise DataError(f"'{out}' exists; choose another file for --out, or remove it first")
     import pyarrow as pa
     import pyarrow.parquet as pq
 

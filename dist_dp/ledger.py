@@ -347,6 +347,7 @@ class Ledger:
                     run_id=run_id,
                     first_step=step,
                     request_id=request_id,
+                    details={},
                 )
 
     def released_step(self, run_id: str) -> int:

@@ -17,6 +17,8 @@ from dist_dp.errors import ConfigError
 
 Float64Array = NDArray[np.float64]
 
+SMALLEST_DEVIATION, LARGEST_DEVIATION = 2.0**-100, 2.0**100
+
 _REBASE_BELOW = 2.0**-256
 _OLDEST = 2.0**256
 _DIRECT_BELOW = 2.0**-64
@@ -38,6 +40,21 @@ def _two_product(a: float, b: float) -> tuple[float, float]:
     b_high = b * split - (b * split - b)
     a_low, b_low = a - a_high, b - b_high
     return product, ((a_high * b_high - product) + a_high * b_low + a_low * b_high) + a_low * b_low
+
+
+def step_deviation(
+    learning_rate: float,
+    noise_multiplier: float,
+    max_grad_norm: float,
+    expected_batch_size: float,
+) -> float:
+    """Standard deviation of one step's noise on a weight: eta sigma C / B."""
+    return learning_rate * noise_multiplier * max_grad_norm / expected_batch_size
+
+
+def is_representable(deviation: float) -> bool:
+    """Whether a schedule can keep noise of this standard deviation; 0 is no noise at all."""
+    return deviation == 0 or SMALLEST_DEVIATION <= deviation < LARGEST_DEVIATION
 
 
 class NoiseSchedule:
@@ -121,8 +138,10 @@ class NoiseSchedule:
                 f"step {self._step + 1}: learning_rate * weight_decay = {product} must be below 1; "
                 "lower the learning rate or the weight decay"
             )
-        deviation = learning_rate * noise_multiplier * max_grad_norm / expected_batch_size
-        if not deviation < 2.0**100 or (deviation != 0 and deviation < 2.0**-100):
+        deviation = step_deviation(
+            learning_rate, noise_multiplier, max_grad_norm, expected_batch_size
+        )
+        if not is_representable(deviation):
             raise ConfigError(
                 f"step {self._step + 1}: noise of standard deviation {deviation} cannot be "
                 "represented; check learning_rate, noise_multiplier and max_grad_norm"

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import dataclass
-from typing import Any, Literal
+from typing import Any, Literal, NoReturn
 
 import torch
 from torch import Tensor, nn
@@ -123,6 +123,28 @@ class PrivateOptimizer(torch.optim.Optimizer):
             self.forget()
         else:
             self.superseded = True
+
+    def state_dict(self) -> NoReturn:
+        """Refused: without the run's secret and the waiting noise it could not be resumed from.
+
+        Raises:
+            DistDpError: Always.
+        """
+        raise DistDpError(
+            "a private optimizer has no state_dict of its own, since dense state, noise and tables "
+            "belong together: use dist_dp.checkpoint.save_checkpoint and load_checkpoint"
+        )
+
+    def load_state_dict(self, state_dict: Any) -> NoReturn:
+        """Refused, as :meth:`state_dict`.
+
+        Raises:
+            DistDpError: Always.
+        """
+        raise DistDpError(
+            "a private optimizer does not load a state_dict: use "
+            "dist_dp.checkpoint.load_checkpoint, with what save_checkpoint wrote"
+        )
 
     def forget(self) -> None:
         """Drops a forward that was recorded: the next one starts afresh."""

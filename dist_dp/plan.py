@@ -134,7 +134,7 @@ class PrivacyPlan(BaseModel):
             raise ConfigError(
                 f"delta {delta:g} is not below 1/num_records = {1 / self.num_records:.3g}: a "
                 "mechanism that publishes one whole record would pass; lower delta, or set "
-                "allow_large_delta to true if you mean it"
+                "allow_large_delta (--force-delta) if you mean it"
             )
 
     @property

@@ -5,6 +5,7 @@ from __future__ import annotations
 import subprocess
 import sys
 from pathlib import Path
+from typing import Any
 
 import pytest
 
@@ -40,6 +41,41 @@ def test_unknown_options_and_missing_arguments() -> None:
     assert run("train", "--epsilom", "3").exit_code == 2
     assert run("evaluate").exit_code == 2
     assert run("nothing").exit_code == 2
+
+
+@pytest.mark.parametrize(
+    "command",
+    [
+        "predict run --data x --out y --batch-size",
+        "evaluate run --data x --batch-size",
+        "generate x.tsv --records",
+        "demo --records",
+        "demo --workers",
+        "epsilon --noise-multiplier 1 --sample-rate 0.1 --steps",
+        "epsilon --noise-multiplier 1 --batch-size 10 --records",
+        "plan --num-records",
+    ],
+)
+@pytest.mark.parametrize("value", ["0", "-5"])
+def test_counts_begin_at_one(command: str, value: str, tmp_path: Path, monkeypatch: Any) -> None:
+    monkeypatch.chdir(tmp_path)
+    result = run(*command.split(), value)
+    assert result.exit_code == 2 and "x>=1" in result.stderr, result.output
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_a_negative_batch_has_no_epsilon() -> None:
+    result = run("epsilon", *"--noise-multiplier 1 --records 10 --batch-size -1".split())
+    assert result.exit_code == 2 and "x>=0" in result.stderr
+
+
+def test_generate_overwrites_nothing(tmp_path: Path) -> None:
+    out = tmp_path / "a.tsv"
+    for name in ("a.tsv", "a.tsv.truth.json"):
+        (tmp_path / name).write_text("mine")
+        assert_one_line_error(run("generate", out, "--records", "5"), name, "exists", "remove it")
+        assert [p.read_text() for p in tmp_path.iterdir()] == ["mine"]
+        (tmp_path / name).unlink()
 
 
 def test_generate_and_convert(tmp_path: Path) -> None:

@@ -103,6 +103,8 @@ def test_the_resolved_configuration_loads_again(tmp_path: Path) -> None:
         (changed("train", weight_decay=3.0), ["train.weight_decay", "learning rate"]),
         (changed("model", dense_arch=[16, 4]), ["model.dense_arch", "embedding_dim 8"]),
         (changed("model", over_arch=[16, 2]), ["model.over_arch", "must be 1"]),
+        (changed("model", dense_arch=[0, 8]), ["'model.dense_arch.0'", "equal to 1", "0"]),
+        (changed("model", over_arch=[-3, 1]), ["'model.over_arch.0'", "equal to 1", "-3"]),
         (changed("model", name="custom"), ["model.factory", "custom"]),
         (changed("model", name="custom", factory="nocolon"), ["model.factory", "module:function"]),
         (changed("model", embedding_dim=7), ["model.embedding_dim", "multiple of 4"]),

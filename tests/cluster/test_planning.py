@@ -10,6 +10,11 @@ from typing import Any
 import pytest
 
 from dist_dp.accounting import GaussianEvent, calibrate_noise_multiplier, epsilon_of
+from dist_dp.cluster.config import parse_config
+from dist_dp.cluster.job import make_plan
+from dist_dp.errors import ConfigError
+from dist_dp.noise_schedule import NoiseSchedule
+from dist_dp.schedules import learning_rate_at
 from tests.cluster.small import assert_one_line_error, run, runs_left, small, write_config
 
 KNOWN_NOISE = {"epsilon": None, "noise_multiplier": 1.0}
@@ -108,6 +113,59 @@ def test_a_plan_for_people(tmp_path: Path) -> None:
     for words in ("noise multiplier", "expected batch", "memory per worker", "sharding", "C26"):
         assert words in result.stdout
     assert result.stderr == ""
+
+
+def test_options_that_train_has_too(tmp_path: Path, clicks: Path) -> None:
+    path = tmp_path / "bad.tsv"
+    lines = clicks.read_text().splitlines(keepends=True)
+    path.write_text("".join([*lines, "nonsense\n"]))
+    config = write_config(tmp_path, small(tmp_path, path, privacy=KNOWN_NOISE))
+    assert_one_line_error(run("plan", "-c", config), "bad.tsv:2001")
+    shown = run("plan", "-c", config, "--skip-bad-rows")
+    assert shown.exit_code == 0 and "1 bad rows (1 " in shown.stdout
+    report = json.loads(run("plan", "-c", config, "--skip-bad-rows", "--json").stdout)
+    assert sum(report["skipped_rows"].values()) == 1
+    large = ["plan", "-c", config, "--num-records=1000", "--delta=0.01", "--json"]
+    assert_one_line_error(run(*large), "delta 0.01", "--force-delta")
+    report = json.loads(run(*large, "--force-delta").stdout)
+    assert report["delta"] == 0.01 and report["skipped_rows"] == {}
+
+
+SCHEDULES: list[tuple[dict[str, Any], int | None]] = [
+    ({"kind": "step", "base": 0.5, "step_size": 1, "gamma": 0.1}, 29),
+    ({"kind": "step", "base": 0.5, "step_size": 50, "gamma": 1e-200, "warmup_steps": 7}, 58),
+    ({"kind": "step", "base": 0.5, "step_size": 3, "gamma": 0.5}, None),
+    ({"kind": "cosine", "base": 0.5, "total_steps": 40}, None),  # the rate is 0 from there on
+    ({"kind": "cosine", "base": 0.5, "total_steps": 40, "final_fraction": 1e-40}, 40),
+    ({"base": 1e-30}, 1),
+    ({"base": 1e-27, "warmup_steps": 100}, 1),
+    ({"base": 1e30, "warmup_steps": 100}, 1),
+    ({"base": 1e34, "warmup_steps": 100}, 1),
+    ({"base": 0.5, "warmup_steps": 1000}, None),
+]
+
+
+@pytest.mark.parametrize(("schedule", "wrong"), SCHEDULES)
+def test_a_rate_whose_noise_is_lost_is_refused(schedule: dict[str, Any], wrong: int | None) -> None:
+    """The plan refuses exactly the schedules that would stop at a step."""
+    train = {"steps": 100, "learning_rate": schedule}
+    config = parse_config(small(Path(), None, privacy=KNOWN_NOISE, train=train))
+    noise = NoiseSchedule()
+    try:
+        for step in range(1, 101):
+            rate = learning_rate_at(config.train.learning_rate, step)
+            noise.advance(rate, 1.0, 1.0, 128.0)
+        stopped = None
+    except ConfigError:
+        stopped = step
+    assert stopped == wrong
+    if wrong is None:
+        make_plan(config, 1000)
+    else:
+        with pytest.raises(
+            ConfigError, match=rf"train\.learning_rate: .*at step {wrong}, .*choose"
+        ):
+            make_plan(config, 1000)
 
 
 def test_what_cannot_be_planned(tmp_path: Path) -> None:

@@ -107,6 +107,11 @@ def test_predict_keeps_the_order(finished: Path, clicks: Path, tmp_path: Path) -
     # The first records alone get the same predictions.
     head = tmp_path / "head.tsv"
     head.write_text("".join(clicks.read_text().splitlines(keepends=True)[:40]))
+    assert_one_line_error(
+        run("predict", finished, "--data", head, "--out", out), "predictions.parquet", "exists"
+    )
+    assert pq.read_metadata(out).num_rows == 2000
+    out = tmp_path / "head.parquet"
     assert run("predict", finished, "--data", head, "--out", out).exit_code == 0
     assert pq.read_table(out)["probability"].to_numpy() == pytest.approx(
         probabilities[:40], rel=1e-5

@@ -473,3 +473,36 @@ def test_twenty_leases_of_a_long_run_are_quick(ledger: Ledger) -> None:
     for step in range(0, 5000, 250):
         assert ledger.reserve("a", step, 250).steps == 250
     assert time.process_time() - start < 2
+
+
+def test_a_budget_with_a_delta_of_one_record_is_refused(tmp_path: Path) -> None:
+    ledger = Ledger(tmp_path / "ledger.sqlite")
+    about = {"fingerprint": "f", "num_records": 1000, "epsilon": 8.0}
+    with pytest.raises(BudgetError, match=r"not below 1/records.*--force-delta"):
+        ledger.register_dataset("clicks", delta=1e-3, **about)
+    ledger.register_dataset("clicks", delta=1e-4, **about)
+    with pytest.raises(BudgetError, match="not below 1/records"):
+        ledger.set_budget("clicks", 8.0, 0.9, "why not")
+    forced = ledger.set_budget("clicks", 8.0, 2e-3, "on purpose", allow_large_delta=True)
+    assert forced.delta == 2e-3
+
+
+def test_a_configuration_may_go_on_naming_the_first_budget(tmp_path: Path) -> None:
+    ledger = Ledger(tmp_path / "ledger.sqlite")
+    about = {"fingerprint": "f", "num_records": 1000, "delta": 1e-4}
+    ledger.register_dataset("clicks", epsilon=8.0, **about)
+    ledger.set_budget("clicks", 12.0, 1e-4, "more room")
+    assert ledger.register_dataset("clicks", epsilon=8.0, **about).epsilon == 12.0
+    with pytest.raises(BudgetError, match="not ε 9"):
+        ledger.register_dataset("clicks", epsilon=9.0, **about)
+
+
+def test_releases_are_remembered(tmp_path: Path) -> None:
+    ledger = Ledger(tmp_path / "ledger.sqlite")
+    ledger.register_dataset("clicks", fingerprint="f", num_records=1000, epsilon=8.0, delta=1e-4)
+    ledger.open_run("run", "clicks", GaussianEvent(1.0, 0.01), 10)
+    assert ledger.released_step("run") == 0
+    ledger.record_release("run", 7)
+    ledger.record_release("run", 3)
+    ledger.close()
+    assert Ledger(tmp_path / "ledger.sqlite").released_step("run") == 7

@@ -8,7 +8,18 @@ from typing import Any
 
 import numpy as np
 import pytest
-from torch.utils.data import DataLoader, Dataset, IterableDataset
+from torch.utils.data import (
+    BatchSampler,
+    DataLoader,
+    Dataset,
+    DistributedSampler,
+    IterableDataset,
+    RandomSampler,
+    SequentialSampler,
+    Subset,
+    SubsetRandomSampler,
+    WeightedRandomSampler,
+)
 
 from dist_dp.errors import ConfigError, DataError, DistDpError, LedgerError
 from dist_dp.leases import StepLeases
@@ -189,6 +200,30 @@ def test_what_cannot_be_sampled() -> None:
         )
     with pytest.raises(ValueError, match="accountant"):
         StepLeases(None, "run", 1)
+
+
+DATA = Numbers()
+SELECTIONS: dict[str, dict[str, Any]] = {
+    "SubsetRandomSampler": {"sampler": SubsetRandomSampler(range(10))},
+    "WeightedRandomSampler": {"sampler": WeightedRandomSampler([1.0] * 50, 50)},
+    "DistributedSampler": {"sampler": DistributedSampler(DATA, num_replicas=2, rank=0)},
+    "RandomSampler": {"sampler": RandomSampler(DATA, num_samples=10)},
+    "RandomSampler with replacement": {"sampler": RandomSampler(DATA, replacement=True)},
+    "SequentialSampler": {"sampler": SequentialSampler(range(10))},
+    "BatchSampler": {"batch_sampler": BatchSampler(SequentialSampler(range(10)), 5, False)},
+}
+
+
+@pytest.mark.parametrize("case", SELECTIONS)
+def test_a_selection_by_sampler_is_refused(case: str) -> None:
+    with pytest.raises(ConfigError, match=rf"a {case.split()[0]} of its own.*data\.Subset"):
+        as_source(DataLoader(DATA, **SELECTIONS[case]))
+
+
+@pytest.mark.parametrize("options", [{}, {"shuffle": True}, {"sampler": RandomSampler(DATA)}])
+def test_every_record_once_is_no_selection(options: dict[str, Any]) -> None:
+    assert len(as_source(DataLoader(DATA, batch_size=10, **options))) == 50
+    assert len(as_source(DataLoader(Subset(DATA, range(10)), batch_size=5))) == 10
 
 
 def test_leases() -> None:

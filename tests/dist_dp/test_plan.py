@@ -64,7 +64,7 @@ def test_round_trip_keeps_every_bit() -> None:
 @pytest.mark.parametrize(
     ("changes", "words"),
     [
-        ({"delta": 1 / 60_000}, "delta.*not below 1/num_records.*allow_large_delta"),
+        ({"delta": 1 / 60_000}, "delta.*not below 1/num_records.*allow_large_delta .--force-delta"),
         ({"delta": 0}, "delta"),
         ({"delta": 1}, "delta"),
         ({"expected_batch_size": 60_001}, "expected_batch_size.*larger than num_records.*lower"),

@@ -8,11 +8,13 @@ import pytest
 import torch
 from scipy import stats
 from torch import Tensor, nn
-from torchrec import KeyedJaggedTensor
+from torchrec import EmbeddingBagCollection, EmbeddingBagConfig, KeyedJaggedTensor
+from torchrec.modules.embedding_configs import DataType
 
 from dist_dp.distributed import ensure_process_group
 from dist_dp.errors import ConfigError, DataError, DistDpError, ModelError
 from dist_dp.private_model import PrivateModel
+from dist_dp.sharding import embedding_collections
 from tests.dist_dp.clicks import Clicks, random_bags
 from tests.dist_dp.gradients import build, pieces
 from tests.dist_dp.models import BATCH, DENSE, bags
@@ -273,3 +275,63 @@ def test_sharding_that_cannot_be() -> None:
         make(kind={"a": "diagonal"})
     with pytest.raises(ModelError, match="no torchrec"):
         build(nn.Sequential(nn.Linear(2, 2)))
+
+
+def untouched(model: nn.Module) -> bool:
+    return all(type(m) is EmbeddingBagCollection for m in embedding_collections(model).values())
+
+
+def test_a_frozen_table() -> None:
+    model = Small()
+    model.pooled.embedding_bags["b"].weight.requires_grad_(False)
+    with pytest.raises(ModelError, match=r"'pooled\.b' is frozen.*unfreeze.*buffer"):
+        build(model)
+    assert untouched(model) and len(embedding_collections(model)) == 1
+
+
+@pytest.mark.parametrize("device", ["cpu", "meta"])
+def test_a_table_in_half_precision(device: str) -> None:
+    model = Small()
+    table = EmbeddingBagConfig(
+        name="h", num_embeddings=5, embedding_dim=8, feature_names=["f2"], data_type=DataType.FP16
+    )
+    model.other = EmbeddingBagCollection(tables=[table], device=torch.device(device))
+    with pytest.raises(ModelError, match=r"'other\.h' .*FP16.*float32 tables only.*FP32"):
+        build(model)
+    assert untouched(model) and len(embedding_collections(model)) == 2
+
+
+def test_a_collection_whose_weights_were_halved() -> None:
+    model = Small()
+    model.pooled.half()
+    with pytest.raises(ModelError, match=r"'pooled\.a' .*float16.*float32 tables only"):
+        build(model)
+
+
+def test_a_collection_in_two_places() -> None:
+    model = Small()
+    model.again = nn.ModuleDict({"inner": model.pooled})
+    with pytest.raises(ModelError, match=r"'pooled'.*'again\.inner'.*once and call it twice"):
+        build(model)
+    assert untouched(model)
+
+
+def test_a_parent_in_two_places_serves_both() -> None:
+    class Twice(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.first = self.second = nn.ModuleDict({"pooled": Small().pooled})
+
+    model = Twice()
+    (cut,) = build(model).cuts
+    assert model.first["pooled"] is model.second["pooled"] is cut
+
+
+def test_the_state_goes_through_checkpoints_only() -> None:
+    _, private = make()
+    with pytest.raises(DistDpError, match=r"dist_dp\.checkpoint\.save_checkpoint"):
+        private.optimizer.state_dict()
+    with pytest.raises(DistDpError, match=r"dist_dp\.checkpoint\.load_checkpoint"):
+        private.optimizer.load_state_dict({"state": {}, "param_groups": []})
+    assert private.optimizer.dense is not None
+    assert private.optimizer.param_groups[1] is private.optimizer.dense.param_groups[0]

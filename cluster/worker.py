@@ -286,7 +286,7 @@ class _Run:
             assert self.engine.accountant is not None
             self.engine.accountant.close_run(self.job.run_name, self.status)
             # The secret is of no more use, and dangerous to keep.
-            shutil.rmtree(self.checkpoint, ignore_errors=True)
+            shutil.rmtree(self.checkpoint.parent, ignore_errors=True)
         barrier()
 
     def _evaluable(self, split: str) -> Any:

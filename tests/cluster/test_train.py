@@ -388,7 +388,7 @@ def test_none_learns(without_privacy: Run) -> None:
     ("factory", "kind", "words"),
     [
         ("broken", DistDpError, ["RuntimeError", "colour of this model is not known", "--verbose"]),
-        ("mixing", ModelError, ["mixes the examples", "'tables'"]),
+        ("mixing", ModelError, ["mixes the examples", "in-batch negatives"]),
     ],
 )
 def test_errors_of_workers_are_readable(

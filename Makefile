@@ -20,7 +20,7 @@ KIND := $(shell nvidia-smi -L 2>/dev/null | grep -q GPU && echo cuda || echo cpu
 endif
 
 # The stamp names what was installed, by content: a new clone or a touched file changes nothing.
-STAMP := .venv/.installed-$(KIND)-$(firstword $(shell cat Makefile pyproject.toml setup.py | cksum))
+STAMP := .venv/.installed-$(KIND)-$(firstword $(shell cat Makefile pyproject.toml setup.py kernels/native/* | cksum))
 TORCHREC := $(shell sed -n 's/.*"\(torchrec==[0-9.]*\)".*/\1/p' pyproject.toml)
 FBGEMM := $(shell sed -n 's/^$(KIND) = \["\(fbgemm[^"]*\)".*/\1/p' pyproject.toml)
 OTHER_FBGEMM := $(if $(filter cpu,$(KIND)),fbgemm-gpu,fbgemm-gpu-cpu)
@@ -30,9 +30,11 @@ INSTALL := $(PIP) install -qq --no-warn-conflicts $(PIP_FLAGS)
 
 # Long fault-injection tests are for a machine with time; gpu tests need a GPU.
 DESELECT := not (chaos and slow)$(if $(filter cpu,$(KIND)), and not gpu)
+NATIVE_TESTS := $(addprefix tests/kernels/test_,$(addsuffix .py,\
+  implementations settle normal uniforms arguments operators))
 LINTED := setup.py dist_dp kernels cluster datasets tests examples
 
-.PHONY: help setup demo test test-fast lint format wheel clean
+.PHONY: help setup demo test test-fast sanitize lint format wheel clean
 
 help:  ## show this list
 	@sed -n 's/^\([a-z-]*\):.*##  *\(.*\)/\1|\2/p' Makefile \
@@ -76,6 +78,16 @@ test: setup  ## run the whole test-suite
 
 test-fast: setup  ## run the tests that need neither Ray nor patience
 	@$(BIN)/pytest -m 'not slow and not ray and not gpu and not chaos' $(PYTEST_ARGS)
+
+# The compiled kernels, built with both sanitizers, under the tests that run them on every kind of
+# argument. Python itself is not instrumented, so the runtime is loaded first; it leaks by design.
+sanitize: setup  ## run the native kernels' tests under AddressSanitizer and UBSan
+	@$(BIN)/python -c 'import setup; from pathlib import Path; f = Path("build/sanitize");
+	setup.compile_library(f / "_native.so", f, ("-g", "-O1", "-fsanitize=address,undefined",
+	  "-fno-sanitize-recover=undefined", "-fno-omit-frame-pointer"))'
+	LD_PRELOAD="$$($${CXX:-g++} -print-file-name=libasan.so):$$($${CXX:-g++} -print-file-name=libstdc++.so.6)" \
+	  ASAN_OPTIONS=detect_leaks=0 DIST_DP_NATIVE_LIBRARY=$$PWD/build/sanitize/_native.so \
+	  $(BIN)/pytest -p no:cacheprovider -m 'not gpu and not slow' $(NATIVE_TESTS) $(PYTEST_ARGS)
 
 lint: setup  ## ruff, its formatter in check mode, and mypy
 	@$(BIN)/ruff check $(LINTED)

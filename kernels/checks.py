@@ -8,10 +8,11 @@ import operator
 import torch
 
 from dist_dp.kernels.chacha import KEY_BYTES, ROUNDS
+from dist_dp.kernels.request import Update, rounded_up
 
 MAX_STEP = 2**31 - 1
 MAX_ROWS = 2**48
-MAX_COLUMNS = 8 * 2**16
+MAX_COLUMNS = 16 * 2**13
 
 
 def key(value: bytes, name: str = "key") -> bytes:
@@ -43,7 +44,7 @@ def integer(value: int, name: str, low: int, high: int) -> int:
 
 
 def columns(column_offset: int, num_columns: int) -> tuple[int, int]:
-    """A range of columns whose 8-column blocks have 16-bit numbers."""
+    """A range of columns whose blocks of 16 have 13-bit numbers."""
     offset = integer(column_offset, "column_offset", 0, MAX_COLUMNS)
     number = integer(num_columns, "num_columns", 0, MAX_COLUMNS)
     if offset + number > MAX_COLUMNS:
@@ -89,16 +90,11 @@ def unique(value: torch.Tensor, name: str) -> None:
 
 
 def steps(value: torch.Tensor | int, count: int, to_step: int) -> torch.Tensor:
-    """The steps from which rows are settled, integers [count] in [0, to_step]."""
+    """The steps from which rows are settled, integers [count]; a single one must be in range."""
     if isinstance(value, torch.Tensor):
         numbers = integers(value, "from_steps")
         if numbers.numel() != count:
             raise ValueError(f"from_steps: {count} entries expected, {numbers.numel()} given")
-        if count:
-            low, high = (int(x) for x in torch.aminmax(numbers))
-            if low < 0 or high > to_step:
-                wrong = low if low < 0 else high
-                raise ValueError(f"from_steps: step {wrong} is outside [0, to_step = {to_step}]")
         return numbers
     number = integer(value, "from_steps", 0, MAX_STEP)
     if number > to_step:
@@ -106,14 +102,19 @@ def steps(value: torch.Tensor | int, count: int, to_step: int) -> torch.Tensor:
     return torch.tensor([number], dtype=torch.int64).expand(count)
 
 
-def factor(
-    value: torch.Tensor | float, name: str, count: int, device: torch.device, *, round_up: bool
-) -> torch.Tensor:
-    """Finite non-negative factors as float32 [count] on `device`.
+def step_values(numbers: torch.Tensor, to_step: int) -> None:
+    """Every step in [0, to_step]."""
+    if numbers.numel():
+        low, high = (int(x) for x in torch.aminmax(numbers))
+        if low < 0 or high > to_step:
+            wrong = low if low < 0 else high
+            raise ValueError(f"from_steps: step {wrong} is outside [0, to_step = {to_step}]")
 
-    With `round_up` a float64 value that float32 cannot hold goes to the next larger one, so that
-    rounding never weakens noise.
-    """
+
+def factor(
+    value: torch.Tensor | float, name: str, count: int, device: torch.device
+) -> torch.Tensor:
+    """Factors float32 or float64 [count] on `device`; their values are checked later."""
     if isinstance(value, torch.Tensor):
         given = value.detach()
         if given.dtype not in (torch.float32, torch.float64):
@@ -122,44 +123,81 @@ def factor(
             raise ValueError(f"{name}: shape ({count},) expected, {tuple(given.shape)} given")
         if given.device != device:
             raise ValueError(f"{name}: is on {given.device}, the weight is on {device}")
-    else:
-        if isinstance(value, bool) or not isinstance(value, (int, float)):
-            raise TypeError(f"{name}: a number or tensor expected, {type(value).__name__} given")
-        if not math.isfinite(value):
-            raise ValueError(f"{name}: {value} is not a finite number")
-        given = torch.tensor([float(value)], dtype=torch.float64, device=device)
-    if count and not bool((given >= 0).all()):  # NaN is caught here too
+        return given
+    if isinstance(value, bool) or not isinstance(value, (int, float)):
+        raise TypeError(f"{name}: a number or tensor expected, {type(value).__name__} given")
+    if not math.isfinite(value):
+        raise ValueError(f"{name}: {value} is not a finite number")
+    return torch.tensor([float(value)], dtype=torch.float64, device=device).expand(count)
+
+
+def factor_values(given: torch.Tensor, name: str, as_float32: torch.Tensor) -> None:
+    """Not negative, not NaN, and finite as float32."""
+    if not bool((given >= 0).all()):  # NaN is caught here too
         wrong = given[~(given >= 0)][0].item()
         raise ValueError(f"{name}: {wrong} given; a number of at least 0 expected")
-    result = given.to(torch.float32)
-    if round_up and given.dtype == torch.float64:
-        larger = torch.nextafter(result, torch.full_like(result, math.inf))
-        result = torch.where(result.to(torch.float64) < given, larger, result)
-    if count and not bool(torch.isfinite(result).all()):
+    if not bool(torch.isfinite(as_float32).all()):
         raise ValueError(f"{name}: not finite in float32")
-    return result.expand(count)
+
+
+def spacing(value: float | None, dtype: torch.dtype) -> float:
+    """A grid's spacing: 0 for none, else a power of two that float32 weights can have."""
+    if value is None:
+        return 0.0
+    if isinstance(value, bool) or not isinstance(value, (int, float)):
+        raise TypeError(f"grid: a number or None expected, {type(value).__name__} given")
+    if not (math.isfinite(value) and value > 0 and math.frexp(value)[0] == 0.5):
+        raise ValueError(f"grid: {value} given; a power of two such as 2**-20 expected")
+    if not 2.0**-100 <= value <= 2.0**100:
+        raise ValueError(f"grid: {value} is outside [2^-100, 2^100]")
+    if dtype != torch.float32:
+        raise TypeError(f"grid: goes with float32 weights, {dtype} given")
+    return float(value)
+
+
+def rounding(value: str) -> bool:
+    """Whether half precision is rounded at random."""
+    if value not in ("stochastic", "nearest"):
+        raise ValueError(f"rounding: 'stochastic' or 'nearest' expected, {value!r} given")
+    return value == "stochastic"
 
 
 def table(value: torch.Tensor, name: str = "weight") -> torch.Tensor:
-    """A float32 matrix that can be written in place."""
-    dense(value, name)
+    """A matrix that can be written in place: float32, bfloat16 or float16."""
+    dense(value, name, (torch.float32, torch.bfloat16, torch.float16))
     if value.dim() != 2:
         raise ValueError(f"{name}: two dimensions expected, shape {tuple(value.shape)} given")
     return value.detach()
 
 
-def dense(value: torch.Tensor, name: str) -> torch.Tensor:
-    """A float32 tensor no two elements of which share memory."""
+def dense(
+    value: torch.Tensor, name: str, dtypes: tuple[torch.dtype, ...] = (torch.float32,)
+) -> torch.Tensor:
+    """A tensor no two elements of which share memory."""
     if not isinstance(value, torch.Tensor):
         raise TypeError(f"{name}: a tensor expected, {type(value).__name__} given")
-    if value.dtype != torch.float32:
-        raise TypeError(f"{name}: dtype float32 expected, {value.dtype} given")
+    if value.dtype not in dtypes:
+        wanted = " or ".join(str(d).removeprefix("torch.") for d in dtypes)
+        raise TypeError(f"{name}: dtype {wanted} expected, {value.dtype} given")
     if value.layout != torch.strided:
         raise TypeError(f"{name}: a strided tensor expected, {value.layout} given")
-    expanded = [s == 0 and n > 1 for s, n in zip(value.stride(), value.shape, strict=True)]
-    if any(expanded):
-        raise ValueError(f"{name}: an expanded tensor cannot be updated in place; clone it first")
+    if _overlaps(value):
+        raise ValueError(
+            f"{name}: elements of this view share memory (expanded or overlapping strides), so it "
+            "cannot be updated in place; clone it first"
+        )
     return value.detach()
+
+
+def _overlaps(value: torch.Tensor) -> bool:
+    """Whether two elements may share memory: strides must grow past what they step over."""
+    reach = 1
+    for stride, size in sorted(zip(value.stride(), value.shape, strict=True)):
+        if size > 1:
+            if stride < reach:
+                return value.numel() > 1
+            reach = stride * (size - 1) + reach
+    return False
 
 
 def noisy_steps(from_steps: torch.Tensor, to_step: int, scale: torch.Tensor | None = None) -> None:
@@ -171,3 +209,14 @@ def noisy_steps(from_steps: torch.Tensor, to_step: int, scale: torch.Tensor | No
         raise ValueError(
             f"from_steps: noise asked for over no step at all (from and to are both {to_step})"
         )
+
+
+def values(update: Update) -> None:
+    """Check the numbers in an update's columns, with a message for the first fault."""
+    if update.rows is not None:
+        rows(update.rows, "rows", update.weight.shape[0])
+        unique(update.rows, "rows")
+    step_values(update.from_steps, update.to_step)
+    factor_values(update.decay, "decay", update.decay.to(torch.float32))
+    factor_values(update.scale, "scale", rounded_up(update.scale))
+    noisy_steps(update.from_steps, update.to_step, update.scale)

@@ -1,9 +1,9 @@
-"""Logarithm, sine and cosine from additions, products and quotients alone.
+"""Logarithm, sine and cosine from additions, products and quotients alone; and the fused product.
 
-IEEE 754 fixes the result of these three operations and of the square root, but not of `log` or
-`sin`, whose last bit differs between processors and libraries. Noise and sampling must come out
-the same on every machine of a cluster, so they use the functions here. Each step is one NumPy
-call, which leaves a compiler nothing to contract into a fused multiply-add.
+IEEE 754 fixes the result of these operations and of the square root, but not of `log` or `sin`,
+whose last bit differs between processors and libraries. Noise and sampling must come out the same
+on every machine of a cluster, so they use the functions here. Each step is one NumPy call, which
+leaves a compiler nothing to contract into a fused multiply-add.
 """
 
 from __future__ import annotations
@@ -13,6 +13,7 @@ import math
 import numpy as np
 from numpy.typing import NDArray
 
+Float32Array = NDArray[np.float32]
 Float64Array = NDArray[np.float64]
 
 _LN2_HIGH = float.fromhex("0x1.62e42fefa3800p-1")  # 11 low bits zero: exact times any exponent
@@ -77,3 +78,26 @@ def sin_cos(t: Float64Array) -> tuple[Float64Array, Float64Array]:
     cosine = _polynomial(square, _COS)
     cosine += 1.0
     return sine, cosine
+
+
+def fma(a: Float32Array, b: Float32Array, c: Float32Array | np.float32) -> Float32Array:
+    """a * b + c in float32 with one rounding, as processors' fused multiply-add.
+
+    The product is exact in float64. The sum is rounded there and again to float32; that differs
+    from one rounding only where the first one ends exactly half-way between two float32 numbers,
+    which is put right. Arguments whose results leave float32's normal range are not foreseen.
+    """
+    product = a.astype(np.float64)
+    product *= b
+    total = product + c
+    half_way = (total.view(np.int64) & 0x1FFFFFFF) == 0x10000000
+    if half_way.any():
+        at = np.nonzero(half_way)
+        left = product[at]
+        right = np.broadcast_to(np.float64(c), total.shape)[at]
+        rounded = total[at]
+        back = rounded - left  # what rounding lost (Knuth's two-sum)
+        lost = (left - (rounded - back)) + (right - back)
+        toward = np.where(lost > 0, np.inf, -np.inf)
+        total[at] = np.where(lost == 0, rounded, np.nextafter(rounded, toward))
+    return total.astype(np.float32)

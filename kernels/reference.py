@@ -1,101 +1,100 @@
 """The kernels in NumPy and plain torch: slow, portable, and obviously right.
 
-Faster implementations replace this module behind the face (`dist_dp.kernels`); they must return
-the same numbers. The face has checked every argument before it comes here.
+Faster implementations stand behind the same face (`dist_dp.kernels`) and return the same bits.
+The face has checked every argument before it comes here.
 
-Speed, one core with AVX-512, 64 columns: 20 million normals a second with 20 rounds, 25 with 12,
-31 with 8; a call has a fixed cost of about half a millisecond.
-
-Counters. Word 12 of a ChaCha block holds the upper 16 of the row's 48 bits and a 16-bit column
-block, word 13 the lower 32 bits of the row, words 14 and 15 the two steps. Steps have 31 bits.
-Normals use from < to, numbers for sampling from = to, and table initialisation the reserved pair
-2^32 - 1: the three never meet, even under one key.
+Counters. A block of 16 random words belongs to one row and 16 columns. Its ChaCha words are
+12: the upper 16 of the row's 48 bits, 3 bits of domain, 13 bits of column block;
+13: the lower 32 bits of the row; 14 and 15: the two steps, 31 bits each.
+Domains tell apart what one place needs: 0 the normals, 1 more bits for far tails, 2 and 3 normals
+in float64 (columns 0-7 and 8-15 of the block), 4 random rounding. Normals use from < to, numbers
+for sampling from = to, and table initialisation the reserved pair 2^32 - 1: the three never meet,
+even under one key.
 """
 
 from __future__ import annotations
-
-import math
 
 import numpy as np
 import torch
 from numpy.typing import NDArray
 
-from dist_dp.kernels import chacha, portable
+from dist_dp.kernels import box_muller, chacha
+from dist_dp.kernels.request import Update, rounded_up
 
-NAME = "reference (NumPy ChaCha)"
+NAME = "reference (NumPy)"
 
 Int64Array = NDArray[np.int64]
 Float32Array = NDArray[np.float32]
 Float64Array = NDArray[np.float64]
 
-NORMALS_PER_BLOCK = 8
+COLUMNS_PER_BLOCK = 16
 UNIFORMS_PER_BLOCK = 8
-UNIFORM_COLUMNS_PER_BLOCK = 16
 
-LARGEST_NORMAL = math.sqrt(2.0 * 65.0 * math.log(2.0))
-"""No |z| exceeds this (9.49): the radius uniform is at least 2^-65. Lost mass: 2^-65 a pair."""
+NORMAL, TAIL, WIDE_LOW, WIDE_HIGH, ROUNDING = range(5)
+"""The domains of a block."""
+
+GRID_LIMIT = 2.0**24
+"""Weights on a grid stay within this many spacings of 0, where float32 is exact."""
 
 _INITIALISATION_STEP = 0xFFFFFFFF
-_SETTLE_CHUNK = 1 << 18  # normals made at a time while settling: 1 MiB
+_CHUNK = 1 << 17  # numbers made at a time: arrays of a MiB or so
 
 
-def _inputs(
-    rows: Int64Array, first_block: int, num_blocks: int, from_steps: Int64Array, to_step: int
+def inputs(
+    rows: Int64Array,
+    first_block: int,
+    num_blocks: int,
+    from_steps: Int64Array,
+    to_step: int,
+    domain: int = NORMAL,
 ) -> chacha.UInt32Array:
     """Words 12..15 for every (row, column block), column block fastest: uint32 [4, n * blocks]."""
     words = np.empty((4, len(rows), num_blocks), np.uint32)
     columns = np.arange(first_block, first_block + num_blocks, dtype=np.int64)
-    words[0] = ((rows >> 32) << 16)[:, None] | columns
+    words[0] = ((rows >> 32) << 16)[:, None] | (domain << 13) | columns
     words[1] = (rows & 0xFFFFFFFF)[:, None]
     words[2] = from_steps[:, None]
     words[3] = to_step
     return words.reshape(4, -1)
 
 
-def box_muller(words: chacha.UInt32Array) -> Float32Array:
-    """Turn blocks of random words into standard normals.
-
-    Each pair of normals takes four words: 64 bits for the radius r = sqrt(-2 log u) with
-    u = (k + 1/2) 2^-64, and 64 bits for the angle: 62 for t in [-pi/4, pi/4), one that exchanges
-    sine and cosine, and one sign for both. All in float64, rounded once to float32.
-
-    Args:
-        words: uint32 [16, n], as `chacha.blocks` returns them.
-
-    Returns:
-        float32 [n, 8]; |z| is at most `LARGEST_NORMAL`.
-    """
-    uniform = words[1::4].astype(np.float64)
-    uniform *= 2.0**32
-    uniform += words[0::4].astype(np.float64)
-    uniform += 0.5
-    uniform *= 2.0**-64
-    radius = portable.log(uniform)
-    radius *= -2.0
-    np.sqrt(radius, out=radius)
-
-    upper = words[3::4]
-    angle = (upper << 2).view(np.int32).astype(np.float64)
-    angle *= 2.0**32
-    angle += words[2::4].astype(np.float64) * 4.0 + 2.0
-    angle *= math.pi / 2.0 * 2.0**-64
-    sine, cosine = portable.sin_cos(angle)
-    exchange = (upper & 0x40000000) != 0
-    np.copysign(radius, upper.view(np.int32), out=radius)
-    normals = np.empty((words.shape[1], NORMALS_PER_BLOCK), np.float32)
-    normals[:, 0::2] = (radius * np.where(exchange, sine, cosine)).T
-    normals[:, 1::2] = (radius * np.where(exchange, cosine, sine)).T
-    return normals
+def _blocks_of(column_offset: int, num_columns: int) -> tuple[int, int, int]:
+    """First column block, number of blocks, columns of the first block to skip."""
+    first = column_offset // COLUMNS_PER_BLOCK
+    last = (column_offset + num_columns - 1) // COLUMNS_PER_BLOCK
+    return first, last - first + 1, column_offset - first * COLUMNS_PER_BLOCK
 
 
-def _unit_interval(low: chacha.UInt32Array, high: chacha.UInt32Array) -> Float64Array:
-    """64 random bits to float64 in (0, 1), rounded to nearest, never 1."""
-    values = high.astype(np.float64)
-    values *= 2.0**32
-    values += low.astype(np.float64)
-    values += 0.5
-    values *= 2.0**-64
-    return np.minimum(values, 1.0 - 2.0**-53)
+def _draw(
+    key: bytes,
+    rows: Int64Array,
+    from_steps: Int64Array,
+    to_step: int,
+    column_offset: int,
+    num_columns: int,
+    rounds: int,
+    wide: bool,
+) -> Float32Array | Float64Array:
+    """Standard normals [n, num_columns] of a few rows; float64 if `wide`."""
+    first, number, skip = _blocks_of(column_offset, num_columns)
+
+    def words(domain: int) -> chacha.UInt32Array:
+        counters = inputs(rows, first, number, from_steps, to_step, domain)
+        return chacha.blocks(key, counters, rounds)
+
+    drawn: Float32Array | Float64Array
+    if wide:
+        halves = [box_muller.wide_normals(words(domain)) for domain in (WIDE_LOW, WIDE_HIGH)]
+        drawn = np.concatenate(halves, axis=1)
+    else:
+        block = words(NORMAL)
+        extra = np.zeros_like(block)
+        short = (block[0::2] < box_muller.TAIL_BELOW).any(axis=0)
+        if short.any():
+            counters = inputs(rows, first, number, from_steps, to_step, TAIL)
+            extra[:, short] = chacha.blocks(key, counters[:, short], rounds)
+        drawn = box_muller.normals(block, extra)
+    return drawn.reshape(len(rows), -1)[:, skip : skip + num_columns]
 
 
 def normals(
@@ -111,136 +110,123 @@ def normals(
     output = np.empty((len(rows), num_columns), np.float32)
     if output.size == 0:
         return output
-    first_block = column_offset // NORMALS_PER_BLOCK
-    num_blocks = (column_offset + num_columns - 1) // NORMALS_PER_BLOCK - first_block + 1
-    skip = column_offset - first_block * NORMALS_PER_BLOCK
-    step = max(1, chacha.CHUNK_BLOCKS // num_blocks)
+    step = max(1, _CHUNK // num_columns)
     for first in range(0, len(rows), step):
         part = slice(first, first + step)
-        inputs = _inputs(rows[part], first_block, num_blocks, from_steps[part], to_step)
-        block = box_muller(chacha.blocks(key, inputs, rounds))
-        wide = block.reshape(-1, num_blocks * NORMALS_PER_BLOCK)
-        output[part] = wide[:, skip : skip + num_columns]
+        output[part] = _draw(
+            key, rows[part], from_steps[part], to_step, column_offset, num_columns, rounds, False
+        )
     return output
 
 
-def uniforms(key: bytes, step: int, count: int, first: int, rounds: int) -> Float64Array:
-    """Uniform float64 [count]; see `dist_dp.kernels.uniforms`."""
-    if count == 0:
-        return np.empty(0, np.float64)
-    first_block = first // UNIFORMS_PER_BLOCK
-    num_blocks = (first + count - 1) // UNIFORMS_PER_BLOCK - first_block + 1
-    rows = np.arange(first_block, first_block + num_blocks, dtype=np.int64)
-    steps = np.full(num_blocks, step, np.int64)
-    words = chacha.blocks(key, _inputs(rows, 0, 1, steps, step), rounds)
-    skip = first - first_block * UNIFORMS_PER_BLOCK
-    return _unit_interval(words[0::2], words[1::2]).T.reshape(-1)[skip : skip + count]
+def blocks(key: bytes, counters: chacha.UInt32Array, rounds: int) -> chacha.UInt32Array:
+    """Raw words uint32 [16, n] of the blocks whose words 12..15 are counters [4, n]."""
+    return chacha.blocks(key, counters, rounds)
 
 
-def uniform_rows(
-    key: bytes,
-    rows: Int64Array,
-    column_offset: int,
-    num_columns: int,
-    low: float,
-    high: float,
-    rounds: int,
-) -> Float32Array:
-    """Uniform float32 [n, num_columns]; see `dist_dp.kernels.uniform_rows`."""
-    output = np.empty((len(rows), num_columns), np.float32)
-    if output.size == 0:
-        return output
-    width = UNIFORM_COLUMNS_PER_BLOCK
-    first_block = column_offset // width
-    num_blocks = (column_offset + num_columns - 1) // width - first_block + 1
-    skip = column_offset - first_block * width
-    step = max(1, chacha.CHUNK_BLOCKS // num_blocks)
-    for first in range(0, len(rows), step):
-        part = slice(first, first + step)
-        reserved = np.full(len(rows[part]), _INITIALISATION_STEP, np.int64)
-        inputs = _inputs(rows[part], first_block, num_blocks, reserved, _INITIALISATION_STEP)
-        values = chacha.blocks(key, inputs, rounds).T.astype(np.float64)
-        values += 0.5
-        values *= (high - low) * 2.0**-32
-        values += low
-        output[part] = values.reshape(-1, num_blocks * width)[:, skip : skip + num_columns]
-    return np.clip(output, np.float32(low), np.float32(high), out=output)
+def settle(update: Update) -> None:
+    """In place; see `dist_dp.kernels.settle_rows` and `settle_range`."""
+    width = update.weight.shape[1]
+    size = max(1, _CHUNK // max(1, width))
+    for first in range(0, update.count, size):
+        chunk = slice(first, min(first + size, update.count))
+        if update.rows is None:
+            start = update.first_row + first
+            part = update.weight[start : start + chunk.stop - chunk.start]
+            _settle(update, part, np.arange(start, start + len(part)), chunk)
+        else:
+            index = update.rows[chunk].to(torch.int64)
+            part = update.weight[index]
+            _settle(update, part, index.cpu().numpy(), chunk)
+            update.weight.index_copy_(0, index, part)
 
 
-def _settle(
-    part: torch.Tensor,
-    rows: Int64Array,
-    key: bytes,
-    column_offset: int,
-    from_steps: Int64Array,
-    to_step: int,
-    decay: torch.Tensor,
-    scale: torch.Tensor,
-    rounds: int,
-) -> None:
-    """part[i] <- decay[i] * part[i] + scale[i] * z(i); a row of scale 0 draws nothing."""
-    # three separate operations: a fused multiply-add would round differently on another device
-    part.mul_(decay[:, None])
-    noisy = np.flatnonzero(scale.cpu().numpy())
-    if len(noisy) == 0:
+def _settle(update: Update, part: torch.Tensor, rows: Int64Array, chunk: slice) -> None:
+    """Settles `part`, the rows `chunk` of the update's list, whose local numbers are `rows`."""
+    if part.numel() == 0:
         return
-    drawn = normals(
-        key, rows[noisy], from_steps[noisy], to_step, column_offset, part.shape[1], rounds
+    decay = update.decay[chunk].to(torch.float32)[:, None]
+    scale = rounded_up(update.scale[chunk])[:, None]
+    # three separate operations: a fused multiply-add would round differently
+    kept = part.to(torch.float32) * decay
+    noise = torch.zeros(part.shape, dtype=torch.float64 if update.grid else torch.float32)
+    noisy = np.flatnonzero(scale.cpu().numpy())
+    steps = update.from_steps[chunk].cpu().numpy().astype(np.int64)
+    if len(noisy):
+        drawn = _draw(
+            update.key, rows[noisy] + update.row_offset, steps[noisy], update.to_step,
+            update.column_offset, part.shape[1], update.rounds, wide=bool(update.grid),
+        )  # fmt: skip
+        noise[noisy] = torch.from_numpy(np.ascontiguousarray(drawn))
+    noise = noise.to(part.device)
+    if update.grid:
+        exact = part.to(torch.float64) * decay.to(torch.float64) / update.grid
+        whole = exact.round()
+        steps_of_grid = (
+            whole + ((exact - whole) + noise * (scale.to(torch.float64) / update.grid)).round()
+        )
+        part.copy_(steps_of_grid.clamp(-GRID_LIMIT, GRID_LIMIT) * update.grid)
+        return
+    # a row without noise is decayed alone: adding a zero would turn -0 into 0
+    result = torch.where(scale > 0, kept + noise * scale, kept)
+    if part.dtype == torch.float32 or not update.stochastic:
+        part.copy_(result)
+        return
+    first, number, skip = _blocks_of(update.column_offset, part.shape[1])
+    counters = inputs(
+        rows + update.row_offset, first, number, steps, update.to_step, domain=ROUNDING
     )
-    noise = torch.from_numpy(drawn).to(part.device)
-    if len(noisy) == len(rows):
-        part.add_(noise.mul_(scale[:, None]))
-    else:
-        index = torch.from_numpy(noisy).to(part.device)
-        part.index_copy_(0, index, part[index] + noise.mul_(scale[index, None]))
+    words = chacha.blocks(update.key, counters, update.rounds)[:8].T
+    bits = np.ascontiguousarray(words).view("<u2").reshape(len(rows), -1)
+    random = torch.from_numpy(bits[:, skip : skip + part.shape[1]].astype(np.int32))
+    rounded = stochastically(result, random.to(part.device), part.dtype)
+    part.copy_(torch.where(scale > 0, rounded, kept.to(part.dtype)))
 
 
-def settle_rows(
-    weight: torch.Tensor,
-    rows: torch.Tensor,
-    key: bytes,
-    row_offset: int,
-    column_offset: int,
-    from_steps: torch.Tensor,
-    to_step: int,
-    decay: torch.Tensor,
-    scale: torch.Tensor,
-    rounds: int,
-) -> None:
-    """In place on a list of local rows; see `dist_dp.kernels.settle_rows`."""
-    global_rows = rows.cpu().numpy() + row_offset
-    steps = from_steps.cpu().numpy().astype(np.int64)
-    size = max(1, _SETTLE_CHUNK // max(1, weight.shape[1]))
-    for first in range(0, len(global_rows), size):
-        chunk = slice(first, first + size)
-        part = weight[rows[chunk]]
-        _settle(
-            part, global_rows[chunk], key, column_offset, steps[chunk], to_step,
-            decay[chunk], scale[chunk], rounds,
-        )  # fmt: skip
-        weight.index_copy_(0, rows[chunk], part)
+def stochastically(value: torch.Tensor, random: torch.Tensor, dtype: torch.dtype) -> torch.Tensor:
+    """Round float32 to half precision, up with the probability of the part cut off.
+
+    Args:
+        value: float32, any shape.
+        random: int32 of the same shape, uniform in [0, 2^16).
+        dtype: bfloat16 or float16. Beyond float16's range the result is infinite.
+
+    Returns:
+        A tensor of `dtype`: the magnitude in units of the last place, cut to 16 bits after the
+        point, plus random / 2^16, cut to a whole number.
+    """
+    info = torch.finfo(dtype)
+    digits = 7 if dtype == torch.bfloat16 else 10
+    lowest = -126 if dtype == torch.bfloat16 else -14
+    _, exponent = torch.frexp(value.to(torch.float64))
+    unit = (exponent - 1).clamp(min=lowest) - digits
+    magnitude = torch.ldexp(value.abs().to(torch.float64), -unit)
+    whole = magnitude.floor()
+    cut = ((magnitude - whole) * 65536.0).floor().nan_to_num().to(torch.int32)
+    whole += ((cut + random) >> 16).to(torch.float64)
+    rounded = torch.ldexp(whole, unit)
+    rounded = torch.where(rounded > info.max, torch.inf, rounded)
+    signed = torch.copysign(rounded, value.to(torch.float64))
+    return torch.where(torch.isfinite(value), signed, value.to(torch.float64)).to(dtype)
 
 
-def settle_range(
-    weight: torch.Tensor,
-    first_row: int,
-    key: bytes,
-    row_offset: int,
-    column_offset: int,
-    from_steps: torch.Tensor,
-    to_step: int,
-    decay: torch.Tensor,
-    scale: torch.Tensor,
-    rounds: int,
-) -> None:
-    """In place on the rows first_row, first_row + 1, …; see `dist_dp.kernels.settle_range`."""
-    size = max(1, _SETTLE_CHUNK // max(1, weight.shape[1]))
-    for first in range(0, len(from_steps), size):
-        chunk = slice(first, first + size)
-        steps = from_steps[chunk].cpu().numpy().astype(np.int64)
-        start = first_row + first
-        rows = np.arange(start, start + len(steps), dtype=np.int64) + row_offset
-        _settle(
-            weight[start : start + len(steps)], rows, key, column_offset, steps, to_step,
-            decay[chunk], scale[chunk], rounds,
-        )  # fmt: skip
+def uniforms(words: chacha.UInt32Array) -> Float64Array:
+    """Blocks uint32 [16, n] to float64 [8 n] in (0, 1): 64 bits each, to nearest, never 1."""
+    values = words[1::2].astype(np.float64)
+    values *= 2.0**32
+    values += words[0::2].astype(np.float64)
+    values += 0.5
+    values *= 2.0**-64
+    return np.minimum(values, 1.0 - 2.0**-53).T.reshape(-1)
+
+
+def uniform_counters(step: int, first_block: int, num_blocks: int) -> chacha.UInt32Array:
+    """Words 12..15 of the blocks that `dist_dp.kernels.uniforms` uses: uint32 [4, num_blocks]."""
+    rows = np.arange(first_block, first_block + num_blocks, dtype=np.int64)
+    return inputs(rows, 0, 1, np.full(num_blocks, step, np.int64), step)
+
+
+def initial_counters(rows: Int64Array, first_block: int, num_blocks: int) -> chacha.UInt32Array:
+    """Words 12..15 of the blocks that `dist_dp.kernels.uniform_rows` uses."""
+    reserved = np.full(len(rows), _INITIALISATION_STEP, np.int64)
+    return inputs(rows, first_block, num_blocks, reserved, _INITIALISATION_STEP)

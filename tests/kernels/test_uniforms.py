@@ -26,9 +26,9 @@ def test_distribution() -> None:
 
 
 def test_ends_are_excluded() -> None:
-    zero, full = np.array([0], np.uint32), np.array([2**32 - 1], np.uint32)
-    assert reference._unit_interval(zero, zero)[0] == 2.0**-65
-    assert reference._unit_interval(full, full)[0] == 1.0 - 2.0**-53
+    for word, expected in ((0, 2.0**-65), (2**32 - 1, 1.0 - 2.0**-53)):
+        block = np.full((16, 1), word, np.uint32)
+        assert (reference.uniforms(block) == expected).all()
 
 
 def test_any_part_alone() -> None:
@@ -67,5 +67,11 @@ def test_initial_values() -> None:
         assert torch.equal(part, whole[order, first:last])
 
 
-def test_implementation_is_named() -> None:
-    assert "reference" in kernels.implementation()
+def test_independent_of_chunks(monkeypatch: pytest.MonkeyPatch) -> None:
+    rows = torch.tensor([7, 2**40, 3])
+    numbers = kernels.uniforms(KEY, 1, 100, first=5)
+    values = kernels.uniform_rows(KEY, rows, num_columns=70, column_offset=9, low=0.0, high=1.0)
+    monkeypatch.setattr("dist_dp.kernels.draws._BLOCK_CHUNK", 3)
+    assert np.array_equal(kernels.uniforms(KEY, 1, 100, first=5), numbers)
+    again = kernels.uniform_rows(KEY, rows, num_columns=70, column_offset=9, low=0.0, high=1.0)
+    assert torch.equal(again, values)

@@ -17,7 +17,8 @@ pytestmark = pytest.mark.slow
 ROOT = Path(__file__).resolve().parents[2]
 PROJECT = tomllib.loads((ROOT / "pyproject.toml").read_text(encoding="utf-8"))
 FOLDERS: dict[str, str] = PROJECT["tool"]["setuptools"]["package-dir"]
-CACHES = shutil.ignore_patterns("__pycache__", "*.pyc", "*.egg-info")
+CACHES = shutil.ignore_patterns("__pycache__", "*.pyc", "*.egg-info", "*.so")
+LIBRARY = PurePosixPath("dist_dp/kernels/_native.so")  # built, so in no folder of sources
 
 
 def run(*command: str | Path, cwd: Path) -> str:
@@ -102,7 +103,39 @@ def test_wheel_holds_every_source_file(source: Path, wheel: Path) -> None:
         "file needs an entry in [tool.setuptools.package-data]."
     )
     extra = {name for name in held - expected if name.parts[0] == "dist_dp"}
-    assert not extra
+    assert extra == {LIBRARY}
+
+
+def test_wheel_serves_every_python_of_the_platform(wheel: Path) -> None:
+    assert "-py3-none-linux_" in wheel.name
+
+
+def test_wheel_without_a_compiler(source: Path, tmp_path: Path) -> None:
+    """It is built all the same, without the library, and says so."""
+    copy = tmp_path / "source"
+    shutil.copytree(source, copy, ignore=shutil.ignore_patterns("build"))
+    done = subprocess.run(
+        [sys.executable, "-m", "pip", "wheel", "-v", "--no-deps", "--no-index",
+         "--no-build-isolation", "-w", tmp_path, copy],
+        env={**os.environ, "CXX": "no-such-compiler"},
+        capture_output=True,
+        text=True,
+        check=True,
+    )  # fmt: skip
+    assert "noise kernels were not compiled" in done.stdout + done.stderr
+    (built,) = tmp_path.glob("*.whl")
+    with zipfile.ZipFile(built) as archive:
+        assert str(LIBRARY) not in archive.namelist()
+
+
+def test_installed_wheel_has_compiled_kernels(environment: Path, tmp_path: Path) -> None:
+    code = (
+        "from dist_dp import kernels; from dist_dp.kernels import native;"
+        "print(native.FILE); print(kernels.implementation())"
+    )
+    file, name = run(environment / "bin" / "python", "-c", code, cwd=tmp_path).splitlines()
+    assert Path(file).is_relative_to(environment)
+    assert name.startswith("compiled")
 
 
 def test_installed_wheel_imports_away_from_the_checkout(environment: Path, tmp_path: Path) -> None:

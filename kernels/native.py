@@ -1,0 +1,209 @@
+"""The compiled kernels, called with plain addresses: no torch headers, no copies.
+
+The library is built by setup.py from `kernels/native`. It holds one path for each set of
+instructions, all with the same results; which one runs is decided here by what the processor has.
+"""
+
+from __future__ import annotations
+
+import ctypes
+import functools
+import os
+from pathlib import Path
+
+import numpy as np
+import torch
+
+from dist_dp.kernels.chacha import UInt32Array
+from dist_dp.kernels.request import Update
+
+VARIABLE = "DIST_DP_NATIVE_LIBRARY"
+"""Environment variable naming another build of the library, one with sanitizers say."""
+
+FILE = Path(os.environ.get(VARIABLE) or Path(__file__).with_name("_native.so"))
+
+ISAS = ("portable", "avx2", "avx512")
+"""The paths in the order of the library's numbers; a processor has all up to its best one."""
+
+_INTERFACE = 1
+
+_KINDS = {
+    torch.float32: 0, torch.bfloat16: 1, torch.float16: 2, torch.float64: 3,
+    torch.int32: 4, torch.int64: 5,
+}  # fmt: skip
+
+
+class _Column(ctypes.Structure):
+    _fields_ = [
+        ("data", ctypes.c_void_p),
+        ("stride", ctypes.c_int64),
+        ("kind", ctypes.c_int32),
+    ]
+
+
+class _Job(ctypes.Structure):
+    _fields_ = [
+        ("weight", ctypes.c_void_p),
+        *((name, ctypes.c_int64) for name in
+          ("num_rows", "num_columns", "row_stride", "column_stride")),
+        *((name, _Column) for name in ("rows", "from_steps", "decay", "scale")),
+        *((name, ctypes.c_int64) for name in
+          ("first_row", "count", "to_step", "row_offset", "column_offset")),
+        ("grid", ctypes.c_double),
+        ("key", ctypes.c_char_p),
+        *((name, ctypes.c_int32) for name in ("weight_kind", "stochastic", "rounds", "threads")),
+    ]  # fmt: skip
+
+
+@functools.cache
+def library(path: Path = FILE) -> ctypes.CDLL | None:
+    """The compiled library, or None where there is none.
+
+    Raises:
+        ImportError: the file is there but was built from other sources, or cannot be loaded.
+    """
+    if not path.exists():
+        return None
+    remedy = "rebuild it: `make setup` in a checkout, or reinstall dist-dp"
+    try:
+        loaded = ctypes.CDLL(str(path))
+    except OSError as error:
+        raise ImportError(f"the compiled kernels cannot be loaded ({error}); {remedy}") from None
+    if loaded.dist_dp_interface() != _INTERFACE:
+        raise ImportError(f"the compiled kernels in {path} belong to another version; {remedy}")
+    job = ctypes.POINTER(_Job)
+    loaded.dist_dp_check.argtypes = [job, ctypes.POINTER(ctypes.c_int64)]
+    loaded.dist_dp_settle.argtypes = [job, ctypes.c_int32]
+    loaded.dist_dp_settle.restype = None
+    loaded.dist_dp_blocks.argtypes = [
+        ctypes.c_char_p, ctypes.c_void_p, ctypes.c_int64, ctypes.c_int32, ctypes.c_void_p,
+        ctypes.c_int32,
+    ]  # fmt: skip
+    loaded.dist_dp_blocks.restype = None
+    return loaded
+
+
+def available() -> bool:
+    """Whether the compiled kernels can be used."""
+    return library() is not None
+
+
+def isas() -> tuple[str, ...]:
+    """The paths this processor can run, the best one last."""
+    return ISAS[: _loaded().dist_dp_best_isa() + 1]
+
+
+def is_valid(update: Update) -> bool:
+    """Check the values of an update's columns in one pass; writes nothing.
+
+    Rows in range and each once, steps in [0, to_step], factors finite in float32 and at least 0,
+    no noise over an empty interval.
+    """
+    return bool(
+        _loaded().dist_dp_check(ctypes.byref(_job(update, 1)), ctypes.byref(ctypes.c_int64())) == 0
+    )
+
+
+def settle(update: Update, *, isa: str | None = None, threads: int | None = None) -> None:
+    """Carry out a checked update in place.
+
+    Args:
+        update: what to do; its tensors are on the CPU.
+        isa: one of `isas()`; by default the best. The result does not depend on it.
+        threads: at most so many; by default torch's number. Nor on this.
+    """
+    _loaded().dist_dp_settle(ctypes.byref(_job(update, _threads(threads))), _number(isa))
+
+
+def normals(
+    key: bytes,
+    rows: torch.Tensor,
+    from_steps: torch.Tensor,
+    to_step: int,
+    column_offset: int,
+    num_columns: int,
+    rounds: int,
+    *,
+    isa: str | None = None,
+    threads: int | None = None,
+) -> torch.Tensor:
+    """Standard normals float32 [n, num_columns]; see `dist_dp.kernels.normal`."""
+    output = torch.empty(rows.numel(), num_columns)
+    fill(output, key, rows, from_steps, to_step, column_offset, rounds, isa=isa, threads=threads)
+    return output
+
+
+def fill(
+    output: torch.Tensor,
+    key: bytes,
+    rows: torch.Tensor,
+    from_steps: torch.Tensor,
+    to_step: int,
+    column_offset: int,
+    rounds: int,
+    *,
+    isa: str | None = None,
+    threads: int | None = None,
+) -> None:
+    """Write standard normals into float32 [n, num_columns]."""
+    job = _Job(
+        weight=output.data_ptr(), num_rows=output.shape[0], num_columns=output.shape[1],
+        row_stride=output.stride(0), column_stride=output.stride(1),
+        rows=_column(rows), from_steps=_column(from_steps), count=output.shape[0],
+        to_step=to_step, column_offset=column_offset, key=key, rounds=rounds,
+        threads=_threads(threads),
+    )  # fmt: skip
+    if output.numel():
+        _loaded().dist_dp_settle(ctypes.byref(job), _number(isa))
+
+
+def blocks(
+    key: bytes, counters: UInt32Array, rounds: int, *, isa: str | None = None
+) -> UInt32Array:
+    """Raw words uint32 [16, n] of the blocks whose words 12..15 are counters [4, n]."""
+    given = np.ascontiguousarray(counters.T)
+    made = np.empty((counters.shape[1], 16), np.uint32)
+    _loaded().dist_dp_blocks(
+        key, given.ctypes.data, counters.shape[1], rounds, made.ctypes.data, _number(isa)
+    )
+    return made.T
+
+
+def _loaded() -> ctypes.CDLL:
+    loaded = library()
+    if loaded is None:
+        raise ImportError(f"there are no compiled kernels: {FILE} does not exist")
+    return loaded
+
+
+def _number(isa: str | None) -> int:
+    usable = isas()
+    if isa is None:
+        return len(usable) - 1
+    if isa not in usable:
+        raise ValueError(f"isa: one of {usable} expected, {isa!r} given")
+    return usable.index(isa)
+
+
+def _threads(threads: int | None) -> int:
+    return torch.get_num_threads() if threads is None else threads
+
+
+def _column(value: torch.Tensor) -> _Column:
+    stride = value.stride(0) if value.numel() > 1 else 0
+    return _Column(value.data_ptr(), stride, _KINDS[value.dtype])
+
+
+def _job(update: Update, threads: int) -> _Job:
+    weight = update.weight
+    return _Job(
+        weight=weight.data_ptr(), num_rows=weight.shape[0], num_columns=weight.shape[1],
+        row_stride=weight.stride(0), column_stride=weight.stride(1),
+        rows=_Column() if update.rows is None else _column(update.rows),
+        from_steps=_column(update.from_steps), decay=_column(update.decay),
+        scale=_column(update.scale), first_row=update.first_row, count=update.count,
+        to_step=update.to_step, row_offset=update.row_offset,
+        column_offset=update.column_offset, grid=update.grid, key=update.key,
+        weight_kind=_KINDS[weight.dtype], stochastic=int(update.stochastic),
+        rounds=update.rounds, threads=threads,
+    )  # fmt: skip

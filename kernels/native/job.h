@@ -1,0 +1,76 @@
+// What the Python face asks for, as plain memory. `native.py` declares the same fields.
+#pragma once
+
+#include <stdint.h>
+
+enum Fault : int32_t {
+  kFine = 0,
+  kRowOutside = 1,
+  kRowRepeated = 2,
+  kStepOutside = 3,
+  kNoiseWithoutStep = 4,
+  kFactorInvalid = 5,
+  kOutOfMemory = 6,
+};
+
+enum Kind : int32_t { kFloat32 = 0, kBFloat16 = 1, kFloat16 = 2, kFloat64 = 3, kInt32 = 4, kInt64 = 5 };
+
+// A column of numbers: `stride` 0 repeats the first one.
+struct Column {
+  const void *data;
+  int64_t stride;
+  int32_t kind;
+};
+
+struct Job {
+  void *weight;            // or the output, where normals are asked for
+  int64_t num_rows;        // of the shard
+  int64_t num_columns;
+  int64_t row_stride;      // in elements
+  int64_t column_stride;
+  Column rows;             // local row numbers; data null: first_row, first_row + 1, ...
+  Column from_steps;
+  Column decay;            // data null: store the normals and read nothing
+  Column scale;
+  int64_t first_row;
+  int64_t count;
+  int64_t to_step;
+  int64_t row_offset;
+  int64_t column_offset;
+  double grid;             // 0: none; else a power of two
+  const uint8_t *key;      // 32 bytes
+  int32_t weight_kind;
+  int32_t stochastic;      // half precision: round by random bits
+  int32_t rounds;
+  int32_t threads;
+};
+
+// One piece of work of one thread: the rows [first, last) of the job's list.
+typedef void (*Worker)(const Job &job, int64_t first, int64_t last);
+
+// Raw blocks: words 12..15 of block i are inputs[4 i ..], its output goes to output[16 i ..].
+typedef void (*BlockMaker)(const uint8_t *key, const uint32_t *inputs, int64_t count, int rounds,
+                           uint32_t *output);
+
+struct Implementation {
+  Worker settle;
+  BlockMaker blocks;
+};
+
+extern const Implementation kPortable;
+#if defined(__x86_64__)
+extern const Implementation kAvx2;
+extern const Implementation kAvx512;
+#endif
+
+inline int64_t integer_at(const Column &c, int64_t i) {
+  const int64_t at = i * c.stride;
+  return c.kind == kInt32 ? static_cast<const int32_t *>(c.data)[at]
+                          : static_cast<const int64_t *>(c.data)[at];
+}
+
+inline double number_at(const Column &c, int64_t i) {
+  const int64_t at = i * c.stride;
+  return c.kind == kFloat32 ? static_cast<const float *>(c.data)[at]
+                            : static_cast<const double *>(c.data)[at];
+}

@@ -1,0 +1,178 @@
+// The library's C interface: checks of values, choice of instructions, threads.
+//
+// It knows nothing of Python or torch: the caller passes addresses and keeps them alive. Every
+// check of a job's values is made by `dist_dp_check` before anything is written.
+#include <stdint.h>
+#include <stdlib.h>
+#include <string.h>
+
+#include <atomic>
+#include <cmath>
+#include <system_error>
+#include <thread>
+#include <vector>
+
+#include "job.h"
+
+#define EXPORT extern "C" __attribute__((visibility("default")))
+
+namespace {
+
+constexpr int32_t kInterface = 1;  // raised when Job changes
+constexpr int64_t kChunk = 1 << 15;  // numbers made by a thread before it asks for more
+
+const Implementation *implementation(int32_t isa) {
+#if defined(__x86_64__)
+  if (isa == 2) return &kAvx512;
+  if (isa == 1) return &kAvx2;
+#endif
+  return &kPortable;
+}
+
+// The rows already seen: a bit for each row of the shard, or a hash table if those are too many.
+class Seen {
+ public:
+  Seen(int64_t count, int64_t num_rows) : dense_(num_rows / 64 <= count) {
+    size_t slots = 1;
+    if (dense_) {
+      slots = static_cast<size_t>(num_rows / 64 + 1);
+    } else {
+      while (slots < 2 * static_cast<size_t>(count)) slots *= 2;
+    }
+    mask_ = slots - 1;
+    table_ = static_cast<uint64_t *>(calloc(slots, 8));
+  }
+  ~Seen() { free(table_); }
+  Seen(const Seen &) = delete;
+  Seen &operator=(const Seen &) = delete;
+
+  bool ready() const { return table_ != nullptr; }
+
+  // Notes a row; false if it was there already.
+  bool insert(int64_t row) {
+    if (dense_) {
+      uint64_t &word = table_[row >> 6];
+      const uint64_t bit = uint64_t{1} << (row & 63);
+      if ((word & bit) != 0) return false;
+      word |= bit;
+      return true;
+    }
+    const uint64_t entry = static_cast<uint64_t>(row) + 1;
+    size_t at = static_cast<size_t>((entry * 0x9E3779B97F4A7C15u) >> 20) & mask_;
+    while (table_[at] != 0) {
+      if (table_[at] == entry) return false;
+      at = (at + 1) & mask_;
+    }
+    table_[at] = entry;
+    return true;
+  }
+
+ private:
+  bool dense_;
+  size_t mask_;
+  uint64_t *table_;
+};
+
+int32_t check_rows(const Job &job, int64_t *where) {
+  bool increasing = true;
+  int64_t before = -1;
+  for (int64_t i = 0; i < job.count; ++i) {
+    const int64_t row = integer_at(job.rows, i);
+    *where = i;
+    if (row < 0 || row >= job.num_rows) return kRowOutside;
+    increasing = increasing && row > before;
+    before = row;
+  }
+  if (increasing) return kFine;
+  Seen seen(job.count, job.num_rows);
+  if (!seen.ready()) return kOutOfMemory;
+  for (int64_t i = 0; i < job.count; ++i) {
+    *where = i;
+    if (!seen.insert(integer_at(job.rows, i))) return kRowRepeated;
+  }
+  return kFine;
+}
+
+// Finite in float32 and at least 0; NaN fails the comparison. (FLT_MAX rounds to itself, and the
+// next double above it still does up to half a unit; above that it becomes infinite.)
+bool is_factor(double x, bool round_up) {
+  constexpr double largest = 3.4028234663852886e38;
+  return x >= 0 && (round_up ? x <= largest : std::isfinite(static_cast<float>(x)));
+}
+
+}  // namespace
+
+EXPORT int32_t dist_dp_interface() { return kInterface; }
+
+// 0: portable, 1: AVX2 with fused multiply-add, 2: AVX-512.
+EXPORT int32_t dist_dp_best_isa() {
+#if defined(__x86_64__)
+  __builtin_cpu_init();
+  if (__builtin_cpu_supports("avx512f") && __builtin_cpu_supports("avx512dq") &&
+      __builtin_cpu_supports("avx512bw") && __builtin_cpu_supports("avx512vl")) {
+    return 2;
+  }
+  if (__builtin_cpu_supports("avx2") && __builtin_cpu_supports("fma")) return 1;
+#endif
+  return 0;
+}
+
+// The first fault among a job's values and where it is, or kFine. Writes nothing.
+EXPORT int32_t dist_dp_check(const Job *job, int64_t *where) {
+  *where = 0;
+  if (job->rows.data != nullptr) {
+    const int32_t fault = check_rows(*job, where);
+    if (fault != kFine) return fault;
+  }
+  const bool update = job->decay.data != nullptr;
+  const bool same = job->from_steps.stride == 0 &&
+                    (!update || (job->decay.stride == 0 && job->scale.stride == 0));
+  const int64_t last = same && job->count > 1 ? 1 : job->count;
+  for (int64_t i = 0; i < last; ++i) {
+    *where = i;
+    const int64_t step = integer_at(job->from_steps, i);
+    if (step < 0 || step > job->to_step) return kStepOutside;
+    bool noisy = true;
+    if (update) {
+      const double scale = number_at(job->scale, i);
+      if (!is_factor(number_at(job->decay, i), false) || !is_factor(scale, true)) {
+        return kFactorInvalid;
+      }
+      noisy = scale > 0;
+    }
+    if (noisy && step == job->to_step) return kNoiseWithoutStep;
+  }
+  return kFine;
+}
+
+// Does a checked job; the caller holds the memory until it returns.
+EXPORT void dist_dp_settle(const Job *job, int32_t isa) {
+  if (job->num_columns <= 0) return;
+  const Worker work = implementation(isa)->settle;
+  const int64_t rows = job->num_columns < kChunk ? kChunk / job->num_columns : 1;
+  const int64_t chunks = (job->count + rows - 1) / rows;
+  std::atomic<int64_t> next{0};
+  const auto loop = [&] {
+    for (int64_t chunk; (chunk = next.fetch_add(1)) < chunks;) {
+      const int64_t first = chunk * rows;
+      work(*job, first, first + rows < job->count ? first + rows : job->count);
+    }
+  };
+  const int64_t wanted = job->threads < chunks ? job->threads : chunks;
+  std::vector<std::thread> helpers;
+  helpers.reserve(wanted > 1 ? static_cast<size_t>(wanted - 1) : 0);
+  for (int64_t i = 1; i < wanted; ++i) {
+    try {
+      helpers.emplace_back(loop);
+    } catch (const std::system_error &) {
+      break;  // no more threads to be had: those there are do the work
+    }
+  }
+  loop();
+  for (std::thread &helper : helpers) helper.join();
+}
+
+EXPORT void dist_dp_blocks(const uint8_t *key, const uint32_t *inputs, int64_t count,
+                           int32_t rounds, uint32_t *output, int32_t isa) {
+  implementation(isa)->blocks(key, inputs, count, rounds, output);
+}

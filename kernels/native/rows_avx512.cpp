@@ -1,0 +1,9 @@
+// The kernels for one set of instructions; setup.py sets the compiler's flags for it.
+#include <stdint.h>
+#include <string.h>
+
+#include "job.h"
+#include "lanes_avx512.h"
+#include "rows.h"
+
+const Implementation kAvx512 = {settle, make_blocks};

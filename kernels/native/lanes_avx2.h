@@ -89,7 +89,14 @@ inline void transpose(const Floats *columns, float (*rows)[16]) {
   }
 }
 
-// w <- fl(fl(decay w) + fl(scale z)) on `count` neighbouring floats, count at most 16.
+// w <- fl(fl(decay w) + fl(scale z)) on sixteen neighbouring floats.
+inline void update_block(float *w, const float *z, float decay, float scale) {
+  const Floats a = floats(decay), s = floats(scale);
+  store(w, add(mul(a, load(w)), mul(s, load(z))));
+  store(w + 8, add(mul(a, load(w + 8)), mul(s, load(z + 8))));
+}
+
+// The same on `count` neighbouring floats, count at most 16.
 inline void update(float *w, const float *z, float decay, float scale, int count) {
   const Floats a = floats(decay), s = floats(scale);
   int i = 0;

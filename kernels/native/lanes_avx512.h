@@ -72,7 +72,12 @@ inline void transpose(const Floats *columns, float (*rows)[16]) {
   }
 }
 
-// w <- fl(fl(decay w) + fl(scale z)) on `count` neighbouring floats, count at most 16.
+// w <- fl(fl(decay w) + fl(scale z)) on sixteen neighbouring floats.
+inline void update_block(float *w, const float *z, float decay, float scale) {
+  store(w, add(mul(floats(decay), load(w)), mul(floats(scale), load(z))));
+}
+
+// The same on `count` neighbouring floats, count at most 16.
 inline void update(float *w, const float *z, float decay, float scale, int count) {
   const Mask m = static_cast<Mask>((1u << count) - 1);
   const Floats kept = mul(floats(decay), _mm512_maskz_loadu_ps(m, w));

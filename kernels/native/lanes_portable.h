@@ -119,7 +119,12 @@ inline void transpose(const Floats *columns, float (*rows)[16]) {
   }
 }
 
-// w <- fl(fl(decay w) + fl(scale z)) on `count` neighbouring floats, count at most 16.
+// w <- fl(fl(decay w) + fl(scale z)) on sixteen neighbouring floats.
+inline void update_block(float *w, const float *z, float decay, float scale) {
+  for (int i = 0; i < 16; ++i) w[i] = decay * w[i] + scale * z[i];
+}
+
+// The same on `count` neighbouring floats, count at most 16.
 inline void update(float *w, const float *z, float decay, float scale, int count) {
   for (int i = 0; i < count; ++i) w[i] = decay * w[i] + scale * z[i];
 }

@@ -84,6 +84,7 @@ inline void make_normals(const Key &key, const Words input[4], int rounds, float
   Words x[16];
   Floats columns[16];
   chacha(key, input, rounds, x);
+#pragma GCC unroll 1
   for (int pair = 0; pair < 8; ++pair) {
     box_muller(key, input, rounds, pair, x[2 * pair], x[2 * pair + 1], columns[2 * pair],
                columns[2 * pair + 1]);

@@ -4,56 +4,69 @@
 
 #include "chacha.h"
 #include "normals.h"
-#include "wide.h"
 #include "store.h"
+#include "wide.h"
 
 namespace {
 
-// What each lane works on. Filled two batches ahead, so that the rows are in the cache in time.
+// What the lanes work on. Filled two batches ahead, so that the rows are in the cache in time.
 struct Batch {
-  uint32_t high[kLanes], low[kLanes], from[kLanes];  // words 12, 13, 14
-  char *place[kLanes];                               // address of the lane's first column
-  float decay[kLanes], scale[kLanes];
-  int skip[kLanes], count[kLanes];                   // columns of the block that are ours
-  int used;
+  uint32_t high[2 * kLanes], low[2 * kLanes], from[2 * kLanes];  // words 12, 13, 14; room to spill
+  struct Run {  // neighbouring column blocks of one row
+    char *row;
+    int64_t block;
+    int first, end;  // lanes
+    float decay, scale;
+  } run[kLanes];
+  int runs;
 };
 
 constexpr int kAhead = 2;
+
+alignas(64) constexpr uint32_t kCount[16] = {0, 1, 2, 3, 4, 5, 6, 7, 8, 9, 10, 11, 12, 13, 14, 15};
 
 // Walks over the (row, column block) pairs of a piece of work.
 class Walk {
  public:
   Walk(const Job &job, int64_t first, int64_t last)
-      : job_(job), row_(first), last_(last), size_(size_of(job.weight_kind)) {
-    first_block_ = job.column_offset / 16;
-    end_block_ = (job.column_offset + job.num_columns + 15) / 16;
-    block_ = end_block_;
-    --row_;  // the first call steps onto the first row
-  }
+      : job_(job),
+        row_(first - 1),  // the first call steps onto the first row
+        last_(last),
+        first_block_(job.column_offset / 16),
+        end_block_((job.column_offset + job.num_columns + 15) / 16),
+        size_(size_of(job.weight_kind)),
+        block_(end_block_) {}
 
   void fill(Batch &batch) {
     int lane = 0;
+    batch.runs = 0;
     while (lane < kLanes) {
       if (block_ == end_block_ && !next_row()) break;
-      const int64_t begin = block_ * 16 < job_.column_offset ? job_.column_offset : block_ * 16;
-      const int64_t full = block_ * 16 + 16, limit = job_.column_offset + job_.num_columns;
-      const int64_t end = full < limit ? full : limit;
-      batch.high[lane] = high_ | static_cast<uint32_t>(block_);
-      batch.low[lane] = low_;
-      batch.from[lane] = from_;
-      batch.decay[lane] = decay_;
-      batch.scale[lane] = scale_;
-      batch.skip[lane] = static_cast<int>(begin - block_ * 16);
-      batch.count[lane] = static_cast<int>(end - begin);
-      batch.place[lane] =
-          start_ + (begin - job_.column_offset) * job_.column_stride * size_;
-      __builtin_prefetch(batch.place[lane], 1);
-      ++block_;
-      ++lane;
+      const int room = kLanes - lane;
+      const int length = end_block_ - block_ < room ? static_cast<int>(end_block_ - block_) : room;
+      batch.run[batch.runs++] = {row_start_, block_, lane, lane + length, decay_, scale_};
+      const uint32_t high = high_ | static_cast<uint32_t>(block_);
+      if (length < 4) {
+        for (int i = 0; i < length; ++i) {
+          batch.high[lane + i] = high + static_cast<uint32_t>(i);
+          batch.low[lane + i] = low_;
+          batch.from[lane + i] = from_;
+        }
+      } else {  // what spills over is overwritten by the next run, or belongs to idle lanes
+        store(batch.high + lane, add(words(high), load(kCount)));
+        store(batch.low + lane, words(low_));
+        store(batch.from + lane, words(from_));
+      }
+      const char *place = row_start_ + (block_ * 16 - job_.column_offset) * step();
+      for (int i = 0; i < length; ++i) __builtin_prefetch(place + i * 16 * step(), 1);
+      block_ += length;
+      lane += length;
     }
-    batch.used = lane;
     for (; lane < kLanes; ++lane) batch.high[lane] = batch.low[lane] = batch.from[lane] = 0;
   }
+
+  // Bytes from one column to the next.
+  int64_t step() const { return job_.column_stride * size_; }
 
  private:
   // Goes to the next row that needs noise; the others only decay.
@@ -61,89 +74,125 @@ class Walk {
     while (++row_ < last_) {
       const int64_t local =
           job_.rows.data != nullptr ? integer_at(job_.rows, row_) : job_.first_row + row_;
-      start_ = static_cast<char *>(job_.weight) +
-               (job_.decay.data != nullptr ? local : row_) * job_.row_stride * size_;
+      row_start_ = static_cast<char *>(job_.weight) +
+                   (job_.decay.data != nullptr ? local : row_) * job_.row_stride * size_;
       const uint64_t global = static_cast<uint64_t>(local + job_.row_offset);
       high_ = static_cast<uint32_t>(global >> 32) << 16;
       low_ = static_cast<uint32_t>(global);
       from_ = static_cast<uint32_t>(integer_at(job_.from_steps, row_));
-      if (job_.decay.data == nullptr) {
-        block_ = first_block_;
-        return true;
-      }
+      block_ = first_block_;
+      if (job_.decay.data == nullptr) return true;
       decay_ = static_cast<float>(number_at(job_.decay, row_));
       scale_ = rounded_up(number_at(job_.scale, row_));
-      if (scale_ > 0) {
-        block_ = first_block_;
-        return true;
-      }
-      decay_row(job_, start_, decay_);
+      if (scale_ > 0) return true;
+      decay_row(job_, row_start_, decay_);
     }
     return false;
   }
 
   static float rounded_up(double value) {
-    float result = static_cast<float>(value);
-    if (static_cast<double>(result) < value) {
-      uint32_t bits;
-      memcpy(&bits, &result, 4);
-      ++bits;  // of a non-negative number: the next larger one
-      memcpy(&result, &bits, 4);
-    }
-    return result;
+    const float result = static_cast<float>(value);
+    // of a non-negative number, the next pattern is the next larger one
+    return static_cast<double>(result) < value ? float_of(pattern_of(result) + 1) : result;
   }
 
   const Job &job_;
-  int64_t row_, last_, block_, first_block_, end_block_, size_;
-  char *start_ = nullptr;
+  int64_t row_;
+  const int64_t last_, first_block_, end_block_, size_;
+  int64_t block_;
+  char *row_start_ = nullptr;
   uint32_t high_ = 0, low_ = 0, from_ = 0;
   float decay_ = 0, scale_ = 1;
 };
 
+// The columns of a block that are ours: `skip` before them, `count` of them, from address `place`.
+struct Piece {
+  char *place;
+  int skip, count;
+};
+
+inline Piece piece_of(const Job &job, const Batch::Run &run, int64_t block, int64_t step) {
+  const int64_t before = block * 16 - job.column_offset;
+  const int64_t begin = before < 0 ? 0 : before;
+  const int64_t end = before + 16 < job.num_columns ? before + 16 : job.num_columns;
+  return {run.row + begin * step, static_cast<int>(begin - before), static_cast<int>(end - begin)};
+}
+
+// The usual case: float32, neighbouring columns.
+inline void apply_plain(const Job &job, const Batch::Run &run, const float (*z)[16]) {
+  for (int lane = run.first; lane < run.end; ++lane) {
+    const Piece piece = piece_of(job, run, run.block + lane - run.first, 4);
+    float *w = reinterpret_cast<float *>(piece.place);
+    if (piece.count == 16) {
+      if (job.decay.data != nullptr) {
+        update_block(w, z[lane], run.decay, run.scale);
+      } else {
+        memcpy(w, z[lane], 64);
+      }
+    } else if (job.decay.data != nullptr) {
+      update(w, z[lane] + piece.skip, run.decay, run.scale, piece.count);
+    } else {
+      memcpy(w, z[lane] + piece.skip, 4 * static_cast<size_t>(piece.count));
+    }
+  }
+}
+
+// Half precision, or columns apart.
+inline void apply_any(const Job &job, const Batch::Run &run, const float (*z)[16], int64_t step,
+                      const uint32_t (*random)[kLanes]) {
+  for (int lane = run.first; lane < run.end; ++lane) {
+    const Piece piece = piece_of(job, run, run.block + lane - run.first, step);
+    uint32_t mine[8];
+    for (int i = 0; i < 8; ++i) mine[i] = random[i][lane];
+    update_any(job, piece.place, z[lane], piece.skip, piece.count, run.decay, run.scale, mine);
+  }
+}
+
+inline void apply_on_grid(const Job &job, const Batch::Run &run, const double (*z)[16]) {
+  const double factor = static_cast<double>(run.scale) / job.grid;
+  for (int lane = run.first; lane < run.end; ++lane) {
+    const Piece piece = piece_of(job, run, run.block + lane - run.first, 4 * job.column_stride);
+    float *w = reinterpret_cast<float *>(piece.place);
+    for (int i = 0; i < piece.count; ++i) {
+      float &value = w[i * job.column_stride];
+      value = on_grid(value, run.decay, z[lane][piece.skip + i] * factor, job.grid);
+    }
+  }
+}
+
 void settle(const Job &job, int64_t first, int64_t last) {
   const Key key = read_key(job.key);
+  const bool plain = job.weight_kind == kFloat32 && job.column_stride == 1;
+  const Words to = words(static_cast<uint32_t>(job.to_step));
   Walk walk(job, first, last);
   Batch ring[kAhead + 1];
   for (int i = 0; i < kAhead; ++i) walk.fill(ring[i]);
-  alignas(64) float z[kLanes][16];
   for (int now = 0;; now = now == kAhead ? 0 : now + 1) {
     const Batch &batch = ring[now];
-    if (batch.used == 0) return;
+    if (batch.runs == 0) return;
     walk.fill(ring[now == 0 ? kAhead : now - 1]);
-    const Words input[4] = {load(batch.high), load(batch.low), load(batch.from),
-                            words(static_cast<uint32_t>(job.to_step))};
+    const Words input[4] = {load(batch.high), load(batch.low), load(batch.from), to};
     if (job.grid > 0) {
-      settle_on_grid(job, key, input, batch.place, batch.decay, batch.scale, batch.skip,
-                     batch.count, batch.used);
+      alignas(64) double wide[kLanes][16];
+      make_wide_half(key, input, job.rounds, 0, wide);
+      make_wide_half(key, input, job.rounds, 1, wide);
+      for (int i = 0; i < batch.runs; ++i) apply_on_grid(job, batch.run[i], wide);
       continue;
     }
+    alignas(64) float z[kLanes][16];
     make_normals(key, input, job.rounds, z);
-    if (job.weight_kind == kFloat32 && job.column_stride == 1) {
-      for (int lane = 0; lane < batch.used; ++lane) {
-        float *w = reinterpret_cast<float *>(batch.place[lane]);
-        const float *mine = z[lane] + batch.skip[lane];
-        if (job.decay.data != nullptr) {
-          update(w, mine, batch.decay[lane], batch.scale[lane], batch.count[lane]);
-        } else {
-          memcpy(w, mine, 4 * static_cast<size_t>(batch.count[lane]));
-        }
-      }
+    if (plain) {
+      for (int i = 0; i < batch.runs; ++i) apply_plain(job, batch.run[i], z);
       continue;
     }
-    uint32_t random[8][kLanes];
+    uint32_t random[8][kLanes] = {};
     if (job.stochastic != 0) {
-      const Words other[4] = {bit_or(input[0], words(kRoundingDomain)), input[1], input[2],
-                              input[3]};
+      const Words other[4] = {bit_or(input[0], words(kRoundingDomain)), input[1], input[2], to};
       Words x[16];
       chacha(key, other, job.rounds, x);
       for (int i = 0; i < 8; ++i) store(random[i], x[i]);
     }
-    for (int lane = 0; lane < batch.used; ++lane) {
-      uint32_t mine[8];
-      for (int i = 0; i < 8; ++i) mine[i] = job.stochastic != 0 ? random[i][lane] : 0;
-      update_any(job, batch.place[lane], z[lane], batch.skip[lane], batch.count[lane],
-                 batch.decay[lane], batch.scale[lane], mine);
-    }
+    for (int i = 0; i < batch.runs; ++i) apply_any(job, batch.run[i], z, walk.step(), random);
   }
 }
 

@@ -100,32 +100,22 @@ inline float on_grid(float w, float decay, double noise, double grid) {
   return static_cast<float>(steps * grid);
 }
 
-inline void settle_on_grid(const Job &job, const Key &key, const Words input[4],
-                           char *const *place, const float *decay, const float *scale,
-                           const int *skip, const int *count, int used) {
-  alignas(64) double z[kLanes][16];
-  make_wide_half(key, input, job.rounds, 0, z);
-  make_wide_half(key, input, job.rounds, 1, z);
-  for (int lane = 0; lane < used; ++lane) {
-    const double factor = static_cast<double>(scale[lane]) / job.grid;
-    for (int i = 0; i < count[lane]; ++i) {
-      float *w = reinterpret_cast<float *>(place[lane]) + i * job.column_stride;
-      *w = on_grid(*w, decay[lane], z[lane][skip[lane] + i] * factor, job.grid);
-    }
-  }
-}
-
 // A row without noise: no random bits, rounded to nearest.
 inline void decay_row(const Job &job, char *start, float decay) {
   const int64_t size = size_of(job.weight_kind);
   if (decay == 1.0f && !(job.grid > 0)) return;
+  if (job.weight_kind == kFloat32 && job.column_stride == 1 && !(job.grid > 0)) {
+    float *w = reinterpret_cast<float *>(start);
+    for (int64_t column = 0; column < job.num_columns; ++column) w[column] *= decay;
+    return;
+  }
   for (int64_t column = 0; column < job.num_columns; ++column) {
     char *p = start + column * job.column_stride * size;
     const float w = read_weight(job, p);
     if (job.grid > 0) {
       write_weight(job, p, on_grid(w, decay, 0.0, job.grid), 0);
     } else if (job.weight_kind == kFloat32) {
-      write_weight(job, p, decay * w, 0);
+      write_weight(job, p, w * decay, 0);
     } else {
       *reinterpret_cast<uint16_t *>(p) = job.weight_kind == kBFloat16
                                              ? to_brain(decay * w, false, 0)

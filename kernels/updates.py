@@ -6,13 +6,14 @@ import torch
 from torch.autograd.graph import increment_version
 
 from dist_dp.kernels import checks, dispatch, native, reference
+from dist_dp.kernels.graphs import outside_graphs
 from dist_dp.kernels.request import Update
 
 FLAT_ROW = 1024
 """Dense tensors are numbered as rows of this many elements."""
 
 
-@torch.compiler.disable
+@outside_graphs
 @torch.no_grad()
 def settle_rows(
     weight: torch.Tensor,
@@ -68,7 +69,7 @@ def settle_rows(
     )  # fmt: skip
 
 
-@torch.compiler.disable
+@outside_graphs
 @torch.no_grad()
 def settle_range(
     weight: torch.Tensor,
@@ -122,7 +123,7 @@ def settle_range(
     )  # fmt: skip
 
 
-@torch.compiler.disable
+@outside_graphs
 @torch.no_grad()
 def add_normal(
     tensor: torch.Tensor,

@@ -7,6 +7,7 @@
 #include <string.h>
 
 #include <atomic>
+#include <cfenv>
 #include <cmath>
 #include <system_error>
 #include <thread>
@@ -28,6 +29,22 @@ const Implementation *implementation(int32_t isa) {
 #endif
   return &kPortable;
 }
+
+// Rounding to nearest and subnormal numbers for as long as it lives, whatever the calling thread
+// has set (torch.set_flush_denormal, say): results must not depend on which thread makes them.
+class PlainArithmetic {
+ public:
+  PlainArithmetic() {
+    std::fegetenv(&before_);
+    std::fesetenv(FE_DFL_ENV);
+  }
+  ~PlainArithmetic() { std::fesetenv(&before_); }
+  PlainArithmetic(const PlainArithmetic &) = delete;
+  PlainArithmetic &operator=(const PlainArithmetic &) = delete;
+
+ private:
+  std::fenv_t before_;
+};
 
 // The rows already seen: a bit for each row of the shard, or a hash table if those are too many.
 class Seen {
@@ -153,6 +170,7 @@ EXPORT void dist_dp_settle(const Job *job, int32_t isa) {
   const int64_t chunks = (job->count + rows - 1) / rows;
   std::atomic<int64_t> next{0};
   const auto loop = [&] {
+    const PlainArithmetic plain;
     for (int64_t chunk; (chunk = next.fetch_add(1)) < chunks;) {
       const int64_t first = chunk * rows;
       work(*job, first, first + rows < job->count ? first + rows : job->count);

@@ -142,9 +142,27 @@ inline void apply_any(const Job &job, const Batch::Run &run, const float (*z)[16
                       const uint32_t (*random)[kLanes]) {
   for (int lane = run.first; lane < run.end; ++lane) {
     const Piece piece = piece_of(job, run, run.block + lane - run.first, step);
-    uint32_t mine[8];
-    for (int i = 0; i < 8; ++i) mine[i] = random[i][lane];
-    update_any(job, piece.place, z[lane], piece.skip, piece.count, run.decay, run.scale, mine);
+    Sixteen s;
+    if (job.decay.data != nullptr) {
+      read_weights(job, piece.place, step, piece.count, s);
+      if (piece.count == 16) {
+        update_block(s.value, z[lane], run.decay, run.scale);
+      } else {
+        update(s.value, z[lane] + piece.skip, run.decay, run.scale, piece.count);
+      }
+    } else {
+      memcpy(s.value, z[lane] + piece.skip, 4 * static_cast<size_t>(piece.count));
+    }
+    if (job.stochastic == 0) {
+      write_weights(job, piece.place, step, piece.count, s, nullptr);
+      continue;
+    }
+    uint32_t mine[32] = {};  // 16 bits a column, from the block's first one
+    for (int i = 0; i < 8; ++i) {
+      mine[2 * i] = random[i][lane] & 0xffff;
+      mine[2 * i + 1] = random[i][lane] >> 16;
+    }
+    write_weights(job, piece.place, step, piece.count, s, mine + piece.skip);
   }
 }
 
@@ -185,7 +203,7 @@ void settle(const Job &job, int64_t first, int64_t last) {
       for (int i = 0; i < batch.runs; ++i) apply_plain(job, batch.run[i], z);
       continue;
     }
-    uint32_t random[8][kLanes] = {};
+    uint32_t random[8][kLanes];
     if (job.stochastic != 0) {
       const Words other[4] = {bit_or(input[0], words(kRoundingDomain)), input[1], input[2], to};
       Words x[16];

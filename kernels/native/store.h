@@ -17,75 +17,90 @@ inline float float_of(uint32_t bits) {
   return x;
 }
 
-inline float from_half(uint16_t h) {
-  const uint32_t sign = static_cast<uint32_t>(h & 0x8000) << 16, rest = h & 0x7fff;
-  if (rest >= 0x7c00) return float_of(sign | 0x7f800000 | (rest & 0x3ff) << 13);
-  if (rest >= 0x400) return float_of(sign | ((rest << 13) + 0x38000000));
-  return float_of(sign | pattern_of(static_cast<float>(rest) * 0x1p-24f));
-}
+// Sixteen weights on their way between memory and float32. The loops have no branches and a fixed
+// length, so that compilers turn them into vector instructions.
+struct Sixteen {
+  alignas(64) float value[16] = {};
+  alignas(32) uint16_t half[16] = {};
+};
 
-// To nearest, ties to even, or up with the probability of the part cut off (16 random bits).
-inline uint16_t to_half(float x, bool stochastic, uint32_t random) {
-  const uint32_t bits = pattern_of(x), sign = bits >> 16 & 0x8000, rest = bits & 0x7fffffff;
-  if (rest > 0x7f800000) return static_cast<uint16_t>(sign | 0x7e00);
-  if (rest == 0x7f800000) return static_cast<uint16_t>(sign | 0x7c00);
-  int exponent = static_cast<int>(rest >> 23) - 127;
-  if (exponent > 15) return static_cast<uint16_t>(sign | 0x7c00);
-  if (exponent < -14) exponent = -14;
-  // in units of the last place of a half; both steps are exact
-  const float scaled = float_of(rest) * float_of(static_cast<uint32_t>(127 - exponent + 10) << 23);
-  uint32_t whole = static_cast<uint32_t>(scaled);
-  const float part = scaled - static_cast<float>(whole);
-  if (stochastic) {
-    whole += (static_cast<uint32_t>(part * 65536.0f) + random) >> 16;
-  } else {
-    whole += part > 0.5f || (part == 0.5f && (whole & 1) != 0);
+inline void widen_float16(Sixteen &s) {
+  for (int i = 0; i < 16; ++i) {
+    const uint32_t h = s.half[i], sign = (h & 0x8000) << 16, rest = h & 0x7fff;
+    // the exponent of float32 is biased by 112 more; exact for subnormal halves too
+    const uint32_t finite = pattern_of(float_of(rest << 13) * 0x1p112f);
+    s.value[i] = float_of(sign | (rest >= 0x7c00 ? 0x7f800000 | rest << 13 : finite));
   }
-  // a carry out of the mantissa raises the exponent, up to infinity
-  const uint32_t base = static_cast<uint32_t>(exponent + 14) << 10;
-  return static_cast<uint16_t>(sign | (base + whole));
 }
 
-inline float from_brain(uint16_t b) { return float_of(static_cast<uint32_t>(b) << 16); }
-
-inline uint16_t to_brain(float x, bool stochastic, uint32_t random) {
-  const uint32_t bits = pattern_of(x);
-  if ((bits & 0x7fffffff) > 0x7f800000) return static_cast<uint16_t>(bits >> 16 | 0x40);
-  if ((bits & 0x7fffffff) == 0x7f800000) return static_cast<uint16_t>(bits >> 16);
-  return static_cast<uint16_t>(
-      (bits + (stochastic ? random : 0x7fff + (bits >> 16 & 1))) >> 16);
+inline void widen_bfloat16(Sixteen &s) {
+  for (int i = 0; i < 16; ++i) s.value[i] = float_of(static_cast<uint32_t>(s.half[i]) << 16);
 }
 
-inline float read_weight(const Job &job, const char *p) {
-  if (job.weight_kind == kFloat32) return *reinterpret_cast<const float *>(p);
-  const uint16_t bits = *reinterpret_cast<const uint16_t *>(p);
-  return job.weight_kind == kBFloat16 ? from_brain(bits) : from_half(bits);
+// To nearest, ties to even; or up with the probability of the part cut off, by 16 random bits.
+template <bool stochastic> inline void narrow_float16(Sixteen &s, const uint32_t *random) {
+  for (int i = 0; i < 16; ++i) {
+    const uint32_t bits = pattern_of(s.value[i]), sign = bits >> 16 & 0x8000;
+    const uint32_t all = bits & 0x7fffffff;
+    const uint32_t rest = all < 0x47800000 ? all : 0x47800000;  // 65536 is infinite in float16
+    const uint32_t biased = rest >> 23 > 113 ? rest >> 23 : 113;
+    // in units of the last place of a half; both steps are exact
+    const float scaled = float_of(rest) * float_of((264 - biased) << 23);
+    const int32_t whole = static_cast<int32_t>(scaled);
+    const float part = scaled - static_cast<float>(whole);
+    const int32_t up =
+        stochastic ? (static_cast<int32_t>(part * 65536.0f) + static_cast<int32_t>(random[i])) >> 16
+                   : static_cast<int32_t>(part > 0.5f) |
+                         (static_cast<int32_t>(part == 0.5f) & whole & 1);
+    // a carry out of the mantissa raises the exponent, up to infinity
+    const uint32_t finite = ((biased - 113) << 10) + static_cast<uint32_t>(whole + up);
+    s.half[i] = static_cast<uint16_t>(sign | (all > 0x7f800000 ? 0x7e00 : finite));
+  }
 }
 
-inline void write_weight(const Job &job, char *p, float value, uint32_t random) {
+template <bool stochastic> inline void narrow_bfloat16(Sixteen &s, const uint32_t *random) {
+  for (int i = 0; i < 16; ++i) {
+    const uint32_t bits = pattern_of(s.value[i]), rest = bits & 0x7fffffff;
+    const uint32_t finite = bits + (stochastic ? random[i] : 0x7fff + (bits >> 16 & 1));
+    const uint32_t special = bits | (rest > 0x7f800000 ? 0x400000 : 0);
+    s.half[i] = static_cast<uint16_t>((rest < 0x7f800000 ? finite : special) >> 16);
+  }
+}
+
+// Reads `count` weights, `step` bytes apart.
+inline void read_weights(const Job &job, const char *p, int64_t step, int count, Sixteen &s) {
   if (job.weight_kind == kFloat32) {
-    *reinterpret_cast<float *>(p) = value;
-  } else if (job.weight_kind == kBFloat16) {
-    *reinterpret_cast<uint16_t *>(p) = to_brain(value, job.stochastic != 0, random);
+    for (int i = 0; i < count; ++i) memcpy(&s.value[i], p + i * step, 4);
+    return;
+  }
+  if (step == 2 && count == 16) {
+    memcpy(s.half, p, 32);
   } else {
-    *reinterpret_cast<uint16_t *>(p) = to_half(value, job.stochastic != 0, random);
+    for (int i = 0; i < count; ++i) memcpy(&s.half[i], p + i * step, 2);
+  }
+  if (job.weight_kind == kBFloat16) {
+    widen_bfloat16(s);
+  } else {
+    widen_float16(s);
   }
 }
 
-// Any kind and stride, by way of sixteen floats.
-inline void update_any(const Job &job, char *place, const float *z, int skip, int count,
-                       float decay, float scale, const uint32_t *random) {
-  const int64_t step = job.column_stride * size_of(job.weight_kind);
-  alignas(64) float values[16] = {};
-  if (job.decay.data != nullptr) {
-    for (int i = 0; i < count; ++i) values[i] = read_weight(job, place + i * step);
-    update(values, z + skip, decay, scale, count);
-  } else {
-    for (int i = 0; i < count; ++i) values[i] = z[skip + i];
+// Writes them back; half precision is rounded at random where `random` is given.
+inline void write_weights(const Job &job, char *p, int64_t step, int count, Sixteen &s,
+                          const uint32_t *random) {
+  if (job.weight_kind == kFloat32) {
+    for (int i = 0; i < count; ++i) memcpy(p + i * step, &s.value[i], 4);
+    return;
   }
-  for (int i = 0; i < count; ++i) {
-    const int column = skip + i;
-    write_weight(job, place + i * step, values[i], random[column / 2] >> 16 * (column & 1) & 0xffff);
+  if (job.weight_kind == kBFloat16) {
+    random != nullptr ? narrow_bfloat16<true>(s, random) : narrow_bfloat16<false>(s, random);
+  } else {
+    random != nullptr ? narrow_float16<true>(s, random) : narrow_float16<false>(s, random);
+  }
+  if (step == 2 && count == 16) {
+    memcpy(p, s.half, 32);
+  } else {
+    for (int i = 0; i < count; ++i) memcpy(p + i * step, &s.half[i], 2);
   }
 }
 
@@ -102,25 +117,20 @@ inline float on_grid(float w, float decay, double noise, double grid) {
 
 // A row without noise: no random bits, rounded to nearest.
 inline void decay_row(const Job &job, char *start, float decay) {
-  const int64_t size = size_of(job.weight_kind);
   if (decay == 1.0f && !(job.grid > 0)) return;
   if (job.weight_kind == kFloat32 && job.column_stride == 1 && !(job.grid > 0)) {
     float *w = reinterpret_cast<float *>(start);
     for (int64_t column = 0; column < job.num_columns; ++column) w[column] *= decay;
     return;
   }
-  for (int64_t column = 0; column < job.num_columns; ++column) {
-    char *p = start + column * job.column_stride * size;
-    const float w = read_weight(job, p);
-    if (job.grid > 0) {
-      write_weight(job, p, on_grid(w, decay, 0.0, job.grid), 0);
-    } else if (job.weight_kind == kFloat32) {
-      write_weight(job, p, w * decay, 0);
-    } else {
-      *reinterpret_cast<uint16_t *>(p) = job.weight_kind == kBFloat16
-                                             ? to_brain(decay * w, false, 0)
-                                             : to_half(decay * w, false, 0);
-    }
+  const int64_t step = job.column_stride * size_of(job.weight_kind);
+  for (int64_t column = 0; column < job.num_columns; column += 16) {
+    const int64_t left = job.num_columns - column;
+    const int count = left < 16 ? static_cast<int>(left) : 16;
+    Sixteen s;
+    read_weights(job, start + column * step, step, count, s);
+    for (float &w : s.value) w = job.grid > 0 ? on_grid(w, decay, 0.0, job.grid) : w * decay;
+    write_weights(job, start + column * step, step, count, s, nullptr);
   }
 }
 

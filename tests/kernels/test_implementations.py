@@ -260,3 +260,19 @@ def test_a_library_of_another_version_is_refused(tmp_path: object) -> None:
 def test_the_key_is_not_shown() -> None:
     shown = repr(make_update())
     assert "key" not in shown and str(KEY) not in shown
+
+
+@pytest.mark.parametrize("isa", ISAS)
+def test_the_threads_arithmetic_does_not_matter(isa: str) -> None:
+    """A process that flushes subnormal numbers to zero gets the same bits."""
+    update = make_update(64, 16, listed=False, first_row=0, scale=torch.full((24,), 1e-39))
+    update.weight[:] = 1e-39
+    expected = result(update, isa, threads=1)
+    assert (expected != 0).any()
+    try:
+        if not torch.set_flush_denormal(True):
+            pytest.skip("this processor cannot flush subnormal numbers")
+        assert torch.equal(result(update, isa, threads=1), expected)
+        assert torch.tensor(1e-39).mul(1.0) == 0  # the caller's setting is as it was
+    finally:
+        torch.set_flush_denormal(False)

@@ -15,12 +15,13 @@ Guarantee:
     Normals and weights are rounded to float32: without a `grid`, attacks on the low-order bits
     of floating-point noise are not defended against (docs/kernels.md).
 
-Arithmetic. A normal is the float32 that `dist_dp.kernels.box_muller` defines, within 3 units in
-the last place. Updates are float32: `decay` is rounded to nearest and `scale` up to float32
-(noise is never weakened), then w <- fl(fl(decay * w) + fl(scale * z)), each operation rounded by
-itself. A row whose scale is 0 draws nothing. bfloat16 and float16 tables are rounded once at the
-end: at random by default, up with the probability of the part cut off, so that noise below half a
-unit in the last place does not vanish; or to nearest.
+Arithmetic. A normal is the float32 that `dist_dp.kernels.box_muller` defines, within 5.3 units
+in the last place of real arithmetic (99.9 % within 2.3). Updates are float32: `decay` is rounded
+to nearest and `scale` up to float32 (noise is never weakened), then
+w <- fl(fl(decay * w) + fl(scale * z)), each operation rounded by itself. A row whose scale is 0
+draws nothing. bfloat16 and float16 tables are rounded once at the end: at random by default, up
+with the probability of the part cut off, so that noise below half a unit in the last place does
+not vanish; or to nearest.
 
 Limits: steps below 2^31, rows below 2^48, 131072 columns.
 

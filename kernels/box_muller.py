@@ -12,10 +12,11 @@ u always has at least 20 significant bits and steps between lengths stay below f
 Angle. 30 bits place x in (-1, 1), a quarter of the circle; one bit exchanges sine and cosine and
 one is the sign of both. Small angles keep their relative precision.
 
-Accuracy: each normal is within 3 units in the last place of the transform in real arithmetic of
-the same bits (tested against 50 digits). The polynomials are minimax fits, made for this
-interval and rounded coefficient by coefficient; their relative errors are 2^-27 (log), 2^-28
-(sin) and 2^-31 (cos).
+Accuracy, against the transform in real arithmetic of the same bits: 99.9 % of normals are within
+2.3 units in the last place, the worst one found within 4.7, none can be further than 5.3 (over all
+words: lengths 2.25, directions 1.34; `tests/kernels/test_accuracy.py`). The polynomials are
+minimax fits, made for these intervals and rounded coefficient by coefficient; their relative
+errors are 2^-27 (log), 2^-28 (sin) and 2^-31 (cos).
 """
 
 from __future__ import annotations

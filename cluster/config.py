@@ -19,6 +19,7 @@ from pydantic import (
 
 from dist_dp.datasets.schema import DataSchema
 from dist_dp.errors import ConfigError
+from dist_dp.noise_grid import read_spacing
 from dist_dp.schedules import ScheduleConfig
 from dist_dp.sharding import ShardingKind
 
@@ -193,6 +194,25 @@ class PrivacyConfig(_Section):
         return self
 
 
+class NoiseConfig(_Section):
+    """How the noise is drawn and added.
+
+    Attributes:
+        grid: Put noised numbers on a fixed grid, so that their low-order bits tell nothing about
+            the records: a power of two (``2^-20`` or as a number), ``auto``, or null for no grid.
+            See :mod:`dist_dp.noise_grid`.
+        rounds: ChaCha rounds of the noise: 20, or 12 for speed. Sampling always uses 20.
+    """
+
+    grid: float | Literal["auto"] | None = None
+    rounds: Literal[20, 12] = 20
+
+    @field_validator("grid", mode="before")
+    @classmethod
+    def _spacing(cls, value: Any) -> Any:
+        return value if value in (None, "auto") else read_spacing(value)
+
+
 class TrainConfig(_Section):
     """Steps, batches and optimizers.
 
@@ -285,6 +305,7 @@ class RunConfig(_Section):
     data: DataConfig = DataConfig()
     model: ModelConfig = ModelConfig()
     privacy: PrivacyConfig
+    noise: NoiseConfig = NoiseConfig()
     train: TrainConfig
     cluster: ClusterConfig = ClusterConfig()
     output: OutputConfig = OutputConfig()
@@ -296,6 +317,11 @@ class RunConfig(_Section):
                 f"train.table_optimizer: mechanism '{self.privacy.mechanism}' cannot serve "
                 f"'{self.train.table_optimizer}', whose update is not linear in the noise; use "
                 "sgd for the tables (dense layers may use any optimizer), or mechanism none"
+            )
+        if self.privacy.mechanism == "none" and self.noise.grid is not None:
+            raise ValueError(
+                "noise.grid: mechanism 'none' adds no noise to put on a grid; remove it, or choose "
+                "lazydp"
             )
         return self
 

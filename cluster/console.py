@@ -134,6 +134,7 @@ def print_summary(summary: dict[str, Any], folder: Path) -> None:
         f"AUC {number('auc', '.4f')}{best}, normalized entropy "
         f"{number('normalized_entropy', '.4f')}, log-loss {number('log_loss', '.4f')}",
     )
+    table.add_row("noise", summary["kernels"])
     table.add_row(
         "speed",
         f"{number('examples_per_second', ',.0f')} examples/s, {number('step_ms', '.1f')} ms a "

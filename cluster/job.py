@@ -102,15 +102,20 @@ def make_plan(config: RunConfig, num_records: int) -> PrivacyPlan:
         delta=None if privacy.mechanism == "none" else delta,
         accountant=privacy.accountant,
         allow_large_delta=privacy.allow_large_delta,
+        noise_rounds=config.noise.rounds,
     )
     if privacy.epsilon is not None:
         plan = plan.calibrate(privacy.epsilon, delta)
-    _check_noise(config, plan)
-    return plan
+    smallest, largest = _noise_of_steps(config, plan)
+    return plan.with_noise_grid(config.noise.grid, smallest, largest)
 
 
-def _check_noise(config: RunConfig, plan: PrivacyPlan) -> None:
-    """Refuses a learning rate at which a step could not record its noise."""
+def _noise_of_steps(config: RunConfig, plan: PrivacyPlan) -> tuple[float, float]:
+    """The least and the greatest noise of a step on a table's weight, steps without any aside.
+
+    Raises:
+        ConfigError: At some step's learning rate the noise could not be recorded.
+    """
     schedule = config.train.learning_rate
 
     def deviation(step: int) -> float:
@@ -133,3 +138,6 @@ def _check_noise(config: RunConfig, plan: PrivacyPlan) -> None:
                 "represented; choose a schedule that stays further from "
                 f"{'0' if deviation(step) < 1 else 'infinity'}"
             )
+    # What is not representable and was not refused is a rate of exactly 0, from there to the end.
+    last = falling[small - 1] if small else peak
+    return min(deviation(1), deviation(last)), deviation(peak)

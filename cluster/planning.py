@@ -14,6 +14,7 @@ from dist_dp.cluster.console import skipped_text
 from dist_dp.cluster.job import make_plan
 from dist_dp.datasets.schema import DataSchema
 from dist_dp.errors import ConfigError
+from dist_dp.noise_grid import MULTIPLES, spacing_text
 from dist_dp.plan import PrivacyPlan
 
 HISTORY_BYTES_A_ROW = 4
@@ -58,6 +59,7 @@ def make_report(
         "delta": plan.delta if private else None,
         "noise_multiplier": plan.noise_multiplier,
         "max_grad_norm": plan.max_grad_norm,
+        "noise_grid": plan.noise_grid,
         "num_records": plan.num_records,
         "skipped_rows": skipped,
         "expected_batch_size": plan.expected_batch_size,
@@ -168,6 +170,12 @@ def print_report(report: dict[str, Any]) -> None:
         head.add_row("privacy", f"ε = {report['epsilon']:.4g}, δ = {report['delta']:.3g}")
         head.add_row("noise multiplier", f"{report['noise_multiplier']:.4g}")
         head.add_row("clip norm", f"{report['max_grad_norm']:g}")
+    if report["noise_grid"] is not None:
+        spacing = report["noise_grid"]
+        head.add_row(
+            "noise grid",
+            f"{spacing_text(spacing)}, table weights within ±{MULTIPLES * spacing:g}",
+        )
     head.add_row("mechanism", report["mechanism"])
     head.add_row("records", f"{report['num_records']:,} (data set '{report['dataset']}')")
     if report["skipped_rows"]:

@@ -15,7 +15,6 @@ import torch.distributed as dist
 
 from dist_dp import kernels
 from dist_dp.distributed import rank, world_size
-from dist_dp.model_card import NOT_COVERED
 from dist_dp.release import privacy_statement
 
 if TYPE_CHECKING:
@@ -57,6 +56,37 @@ def _gather(value: Any) -> list[Any]:
     if world_size() > 1:
         dist.all_gather_object(values, value)
     return values
+
+
+def say_kernels(device: torch.device) -> dict[str, Any]:
+    """What makes the noise on every worker; every rank calls it.
+
+    Returns:
+        Progress to push: ``phase``, what to show; ``kernels``, the implementations with their
+        workers if they differ, as one text; ``slow_kernels``, for each reason that the slow
+        reference runs somewhere, a warning that names workers and remedy.
+    """
+    answers = _gather((kernels.implementation(device), kernels.slow_reason(device)))
+
+    def workers(place: int) -> dict[str | None, list[int]]:
+        owners: dict[str | None, list[int]] = {}
+        for number, answer in enumerate(answers):
+            owners.setdefault(answer[place], []).append(number)
+        return owners
+
+    names, reasons = workers(0), workers(1)
+    listed = [
+        f"{name} on {_numbered(owners)}" if len(names) > 1 else str(name)
+        for name, owners in names.items()
+    ]
+    slow = [f"{_numbered(owners)}: {why}" for why, owners in reasons.items() if why is not None]
+    text = ", ".join(listed)
+    return {"phase": f"noise kernels: {text}", "kernels": text, "slow_kernels": slow}
+
+
+def _numbered(workers: list[int]) -> str:
+    shown = ", ".join(map(str, workers[:8])) + (" and more" if len(workers) > 8 else "")
+    return f"worker{'s' if len(workers) > 1 else ''} {shown}"
 
 
 def _sharding(run: _Run) -> list[dict[str, Any]]:
@@ -140,10 +170,10 @@ def make_summary(run: _Run, metrics: dict[str, float], split: str | None) -> dic
         "table_optimizer": config.train.table_optimizer,
         "embedding_optimizer": config.train.table_optimizer,
         "dense_optimizer": config.train.dense_optimizer,
-        "kernels": kernels.implementation(),
+        "kernels": run.kernels["kernels"],
         "software": software_versions(),
         "privacy_statement": privacy_statement(run.engine, charged),
-        "not_covered": list(NOT_COVERED),
+        "not_covered": list(plan.not_covered()),
         "unit_of_privacy": plan.unit,
         "neighbouring_relation": plan.neighbouring_relation,
         "accountant": plan.accountant,

@@ -6,6 +6,7 @@ import contextlib
 import shutil
 import signal
 import threading
+import warnings
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -28,6 +29,7 @@ from dist_dp.cluster.run_folder import (
     write_summary,
 )
 from dist_dp.errors import DistDpError
+from dist_dp.kernels import SlowKernelsWarning
 from dist_dp.plan import PrivacyPlan
 
 Watcher = Callable[[dict[str, Any]], None]
@@ -174,12 +176,16 @@ class Trainer:
         stopping = threading.Event()
 
         def poll() -> None:
-            announced = False
+            announced = said = False
             while not done.wait(0.2):
                 try:
                     progress = ray.get(monitor.latest.remote(), timeout=5)
                 except ray.exceptions.RayError:
                     return
+                if not said and "kernels" in progress:
+                    said = True
+                    self.watch({"phase": f"noise kernels: {progress['kernels']}"})
+                    _warn(progress["slow_kernels"])
                 # Said at least once, even if the workers are past training by now.
                 if stopping.is_set() and not (announced and progress.get("phase") != "training"):
                     progress, announced = {"phase": STOPPING}, True
@@ -194,6 +200,14 @@ class Trainer:
             done.set()
             watcher.join(timeout=5)
             ray.kill(monitor)
+
+
+def _warn(reasons: list[str]) -> None:
+    """Says that noise is slow somewhere, whatever else is kept quiet."""
+    with warnings.catch_warnings():
+        warnings.simplefilter("always", SlowKernelsWarning)
+        for reason in reasons:
+            warnings.warn(reason, SlowKernelsWarning, stacklevel=2)
 
 
 def epsilon_by_step(plan: PrivacyPlan, steps: int, points: int = 10) -> list[list[float]]:

@@ -51,6 +51,7 @@ class _Run:
         from dist_dp.cluster.metrics_log import MetricsLog
         from dist_dp.cluster.models import build_model
         from dist_dp.cluster.monitor import MonitorLink
+        from dist_dp.cluster.summary import say_kernels
         from dist_dp.engine import PrivacyEngine
         from dist_dp.sharding import TableOptimizer
 
@@ -73,7 +74,7 @@ class _Run:
             secret=None if seed is None else fixed_secret(seed),
             resume_from=self.checkpoint if job.resume else None,
             device=device,
-            settings={k: job.config[k] for k in ("data", "model", "privacy", "train")},
+            settings={k: job.config[k] for k in ("data", "model", "privacy", "noise", "train")},
         )
         budget = privacy.dataset_budget
         self.model, self.optimizer, self.loader = self.engine.make_private_from_plan(
@@ -95,6 +96,9 @@ class _Run:
         if rank() == 0:
             self.link = MonitorLink(job.run_name)
             self.log = MetricsLog(self.folder, tensorboard=config.output.tensorboard)
+        self.kernels = say_kernels(device)
+        if self.link is not None and self.engine.mechanism_class.private:
+            self.link.push(self.kernels)
         self.began = time.perf_counter()
         self.step_seconds: list[float] = []
         self.phases: list[dict[str, float]] = []

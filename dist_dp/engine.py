@@ -21,11 +21,12 @@ import secrets
 import uuid
 from collections.abc import Mapping
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 import torch
 from torch import nn
 
+from dist_dp import kernels
 from dist_dp.account import default_ledger_path, open_account
 from dist_dp.checkpoint import load_checkpoint, read_checkpoint_info, read_secret
 from dist_dp.distributed import broadcast_object, ensure_process_group, rank
@@ -64,6 +65,12 @@ class PrivacyEngine:
             one. A given secret marks the run as not private.
         device: Where tables and dense layers live; by default where the model is.
         settings: Further settings (of simple types) that a resumed run must share.
+        noise_grid: Put noised numbers on a fixed grid: a power of two, ``auto``, or None; see
+            :mod:`dist_dp.noise_grid`. ``auto`` takes the tables' learning rate for constant.
+        noise_rounds: ChaCha rounds of the noise, 20 or 12.
+
+    Warns:
+        SlowKernelsWarning: The slow reference would make the noise; names the remedy.
     """
 
     def __init__(
@@ -79,6 +86,8 @@ class PrivacyEngine:
         secret: bytes | None = None,
         device: torch.device | str | None = None,
         settings: Mapping[str, Any] | None = None,
+        noise_grid: float | str | None = None,
+        noise_rounds: Literal[20, 12] = 20,
     ) -> None:
         self.dataset = dataset
         self.mechanism_class = mechanism_class(mechanism)
@@ -88,12 +97,17 @@ class PrivacyEngine:
         self.secret_is_given = secret is not None
         self.resume_from = Path(resume_from) if resume_from else None
         self.device = None if device is None else torch.device(device)
+        self.noise_grid = noise_grid
+        self.noise_rounds = noise_rounds
         self.timer = PhaseTimer(self.device)
         self._secret = secret
         self.accountant = accountant
         self._ledger_path = Path(ledger) if ledger else default_ledger_path()
         self._parts: PrivateModel | None = None
         self._loader: PoissonLoader | None = None
+        # Without a device the model's is not known yet, unless there is only one kind.
+        if self.mechanism_class.private and (self.device or not torch.cuda.is_available()):
+            kernels.warn_if_slow(self.device or "cpu")
 
     @property
     def parts(self) -> PrivateModel:
@@ -122,8 +136,9 @@ class PrivacyEngine:
     ) -> tuple[nn.Module, PrivateOptimizer, PoissonLoader]:
         """As :meth:`make_private`, with the noise calibrated to (ε, δ) over the planned steps."""
         plan = self._plan(
-            data_loader, optimizer, None, max_grad_norm, None, epochs, steps, expected_batch_size
+            data_loader, None, max_grad_norm, None, epochs, steps, expected_batch_size
         ).calibrate(target_epsilon, target_delta)
+        plan = self._with_grid(plan, optimizer, options.get("table_lr"))
         return self.make_private_from_plan(
             plan, module=module, optimizer=optimizer, data_loader=data_loader, **options
         )
@@ -170,7 +185,6 @@ class PrivacyEngine:
         """
         plan = self._plan(
             data_loader,
-            optimizer,
             noise_multiplier,
             max_grad_norm,
             target_delta,
@@ -178,6 +192,7 @@ class PrivacyEngine:
             steps,
             expected_batch_size,
         )
+        plan = self._with_grid(plan, optimizer, options.get("table_lr"))
         return self.make_private_from_plan(
             plan, module=module, optimizer=optimizer, data_loader=data_loader, **options
         )
@@ -185,7 +200,6 @@ class PrivacyEngine:
     def _plan(
         self,
         data_loader: Any,
-        optimizer: torch.optim.Optimizer,
         noise_multiplier: float | None,
         max_grad_norm: float,
         delta: float | None,
@@ -193,7 +207,6 @@ class PrivacyEngine:
         steps: int | None,
         expected_batch_size: float | None,
     ) -> PrivacyPlan:
-        del optimizer
         records = len(as_source(data_loader))
         size = expected_batch_size or getattr(data_loader, "batch_size", None)
         if size is None:
@@ -208,7 +221,16 @@ class PrivacyEngine:
             expected_batch_size=size,
             steps=steps if steps is not None else math.ceil((epochs or 0) * records / size),
             delta=delta if delta is not None else 0.1 / max(1, records),
+            noise_rounds=self.noise_rounds,
         )
+
+    def _with_grid(
+        self, plan: PrivacyPlan, optimizer: torch.optim.Optimizer, table_lr: float | None
+    ) -> PrivacyPlan:
+        """The plan with its noise grid resolved, for a constant learning rate of the tables."""
+        rate = float(table_lr if table_lr is not None else optimizer.param_groups[0]["lr"])
+        deviation = rate * plan.noise_on_sum / plan.expected_batch_size
+        return plan.with_noise_grid(self.noise_grid, deviation, deviation)
 
     def make_private_from_plan(
         self,
@@ -266,6 +288,8 @@ class PrivacyEngine:
             # A resumed run was probed before; reading rows now would settle them at another step.
             probe_first_forward=self.resume_from is None,
         )
+        if self.mechanism_class.private:
+            kernels.warn_if_slow(self._parts.device)
         # The run's account is opened last: a model that cannot be trained costs no budget.
         self.run_id = broadcast_object(self.run_id or f"run-{uuid.uuid4().hex[:12]}")
         resumed_at = None

@@ -4,17 +4,7 @@ from __future__ import annotations
 
 from typing import Any
 
-NOT_COVERED: tuple[str, ...] = (
-    "anyone who watches the memory of the training machines, or which table rows are touched "
-    "when: in memory, rows between two reads lack the noise that still waits for them",
-    "everything in the run folder beside release/: training metrics, reports and checkpoints "
-    "are computed from the records without noise (metrics on held-out records likewise)",
-    "the choice of hyper-parameters by looking at several runs on the same records, beyond what "
-    "the ledger charges for those runs",
-    "a person who stands behind several records: the unit is one record",
-    "the number of records, treated as public",
-    "attacks on the low-order bits of floating-point noise",
-)
+from dist_dp.noise_grid import spacing_text
 
 
 def model_card(privacy: dict[str, Any], name: str, facts: dict[str, Any]) -> str:
@@ -42,6 +32,7 @@ def model_card(privacy: dict[str, Any], name: str, facts: dict[str, Any]) -> str
             f"| mechanism | {plan['mechanism']} |",
             f"| noise multiplier σ | {plan['noise_multiplier']:.6g} |",
             f"| clip norm C | {plan['max_grad_norm']:g}, over all tables and layers together |",
+            f"| noise grid | {_grid(plan)} |",
             f"| sampling | {plan['sampling']}, rate "
             f"{plan['expected_batch_size'] / plan['num_records']:.6g} |",
             f"| steps | {privacy['steps']} of {plan['steps']} planned, "
@@ -51,7 +42,7 @@ def model_card(privacy: dict[str, Any], name: str, facts: dict[str, Any]) -> str
             "",
             "The guarantee does **not** cover:",
             "",
-            *(f"- {item};" for item in NOT_COVERED),
+            *(f"- {item};" for item in privacy["not_covered"]),
             "",
         ]
     if facts:
@@ -67,3 +58,9 @@ def model_card(privacy: dict[str, Any], name: str, facts: dict[str, Any]) -> str
         "",
     ]
     return "\n".join(lines)
+
+
+def _grid(plan: dict[str, Any]) -> str:
+    if plan["noise_grid"] is None:
+        return "none"
+    return f"table weights are multiples of {spacing_text(plan['noise_grid'])}"

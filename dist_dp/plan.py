@@ -15,8 +15,27 @@ from pydantic import BaseModel, ConfigDict, Field, ValidationError, field_valida
 
 from dist_dp.accounting import GaussianEvent, calibrate_noise_multiplier, epsilon_of
 from dist_dp.errors import ConfigError
+from dist_dp.noise_grid import (
+    check_spacing,
+    dense_spacing,
+    read_spacing,
+    spacing_text,
+    table_spacing,
+)
 
 Mechanism = Literal["none", "dpsgd", "lazydp"]
+
+NOT_COVERED: tuple[str, ...] = (
+    "anyone who watches the memory of the training machines, or which table rows are touched "
+    "when: in memory, rows between two reads lack the noise that still waits for them",
+    "everything in the run folder beside release/: training metrics, reports and checkpoints "
+    "are computed from the records without noise (metrics on held-out records likewise)",
+    "the choice of hyper-parameters by looking at several runs on the same records, beyond what "
+    "the ledger charges for those runs",
+    "a person who stands behind several records: the unit is one record",
+    "the number of records, treated as public",
+)
+"""What no plan's guarantee covers; `PrivacyPlan.not_covered` adds what depends on the plan."""
 
 
 class PrivacyPlan(BaseModel):
@@ -40,6 +59,9 @@ class PrivacyPlan(BaseModel):
         sampling: each record is drawn independently in each step.
         accountant: `pld` (tight) or `rdp` (for comparison).
         allow_large_delta: accept δ ≥ 1 / `num_records` all the same.
+        noise_grid: spacing of the grid that noised table rows are put on, a power of two; None
+            for none. See `dist_dp.noise_grid`.
+        noise_rounds: ChaCha rounds of the noise: 20 or 12.
 
     Raises:
         ConfigError: a key is unknown, of the wrong type, or contradicts another; the message
@@ -65,6 +87,8 @@ class PrivacyPlan(BaseModel):
     sampling: Literal["poisson"] = "poisson"
     accountant: Literal["pld", "rdp"] = "pld"
     allow_large_delta: bool = False
+    noise_grid: float | None = None
+    noise_rounds: Literal[20, 12] = 20
 
     def __init__(self, **values: Any) -> None:
         """Validate ``values``; every complaint becomes one readable `ConfigError`."""
@@ -111,12 +135,22 @@ class PrivacyPlan(BaseModel):
             raise ValueError("should be a number, not true or false")
         return value
 
+    @field_validator("noise_grid", mode="before")
+    @classmethod
+    def _power_of_two(cls, value: object) -> object:
+        return None if value is None else read_spacing(value)
+
     @model_validator(mode="after")
     def _must_agree(self) -> Self:
         if self.expected_batch_size > self.num_records:
             raise ConfigError(
                 f"expected_batch_size {self.expected_batch_size:g} is larger than num_records "
                 f"{self.num_records}: lower expected_batch_size"
+            )
+        if self.noise_grid is not None and not self.is_private:
+            raise ConfigError(
+                f"noise_grid {spacing_text(self.noise_grid)} is set, but no noise is added: leave "
+                "out noise_grid, or choose mechanism 'lazydp' or 'dpsgd' with a noise multiplier"
             )
         if self.mechanism == "none":
             for key in ("noise_multiplier", "target_epsilon"):
@@ -146,6 +180,57 @@ class PrivacyPlan(BaseModel):
     def is_private(self) -> bool:
         """Whether the plan adds any noise at all."""
         return self.mechanism != "none" and self.noise_multiplier != 0
+
+    @property
+    def noise_on_sum(self) -> float:
+        """Standard deviation σC of the noise on a step's sum of gradients; 0 without noise."""
+        return (self.noise_multiplier or 0.0) * self.max_grad_norm
+
+    @property
+    def dense_noise_grid(self) -> float | None:
+        """Spacing of the grid that dense parameters' noised sums are put on, if tables have one."""
+        if self.noise_grid is None:
+            return None
+        self.event()  # complains where the noise is not known yet
+        return dense_spacing(self.noise_on_sum)
+
+    def with_noise_grid(
+        self, grid: float | str | None, smallest: float, largest: float
+    ) -> PrivacyPlan:
+        """Return this plan with a noise grid.
+
+        Args:
+            grid: a power of two, `auto`, or None for no grid.
+            smallest: least standard deviation of one step's noise on a table's weight, among
+                steps with any.
+            largest: the greatest.
+
+        Raises:
+            ConfigError: `grid` is no power of two, is too coarse for the noise, nothing fits
+                `auto`, or the plan adds no noise.
+        """
+        if grid is not None and not self.is_private:
+            raise ConfigError(
+                f"noise.grid {grid} is set, but mechanism '{self.mechanism}' with noise multiplier "
+                f"{self.noise_multiplier} adds no noise: leave it out"
+            )
+        if grid == "auto":
+            grid = table_spacing(smallest, largest, self.steps)
+        plan = PrivacyPlan(**{**self.model_dump(), "noise_grid": grid})
+        if plan.noise_grid is not None:
+            check_spacing(plan.noise_grid, smallest, "in the step with the least")
+        return plan
+
+    def not_covered(self) -> tuple[str, ...]:
+        """What the guarantee says nothing about, one phrase each, for cards and reports."""
+        bits = "attacks on the low-order bits of floating-point noise"
+        if self.noise_grid is not None:
+            bits = (
+                "the float32 rounding of gradients before the noise (what is noised lies on fixed "
+                f"grids, table weights on that of {spacing_text(self.noise_grid)}), and attacks on "
+                "timing"
+            )
+        return (*NOT_COVERED, bits)
 
     def calibrate(self, epsilon: float, delta: float) -> PrivacyPlan:
         """Return this plan with the smallest noise multiplier that meets (ε, δ) over its steps.
@@ -220,9 +305,9 @@ class PrivacyPlan(BaseModel):
             f"gradients clipped to norm {self.max_grad_norm:g} and a noise multiplier of "
             f"{self.noise_multiplier:.5g}, accounted by {self.accountant.upper()}. "
             "It covers the released model and anything computed from it, as long as the run's "
-            "noise key stays secret and ChaCha20 is a pseudorandom function. It does not cover "
-            "someone who watches the memory of the training machines or which table rows are "
-            "touched; attacks on the low-order bits of floating-point noise; training metrics "
+            f"noise key stays secret and ChaCha{self.noise_rounds} is a pseudorandom function. It "
+            "does not cover someone who watches the memory of the training machines or which table "
+            f"rows are touched; {self.not_covered()[-1]}; training metrics "
             "computed without noise; the choice of hyper-parameters by comparing several runs on "
             "the same data; or a person who stands behind several records beyond what a guarantee "
             "for each record implies. The number of records is treated as public."

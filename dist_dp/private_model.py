@@ -15,6 +15,7 @@ from dist_dp.clipping.recorder import DenseRecorder
 from dist_dp.cut import CutEmbeddings
 from dist_dp.distributed import world_size
 from dist_dp.errors import ConfigError, ModelError
+from dist_dp.grid_rounding import put_on_grid
 from dist_dp.mechanisms import Mechanism, mechanism_class
 from dist_dp.noise_schedule import NoiseSchedule
 from dist_dp.optimizer import LossReduction, PrivateOptimizer, watch_forwards
@@ -196,7 +197,7 @@ def build_private_model(
         device=device,
     )
     recorder = DenseRecorder(model, skip=tuple(cuts))
-    mechanism = mechanism_kind(NoiseSchedule())
+    mechanism = mechanism_kind(NoiseSchedule(), grid=plan.noise_grid, rounds=plan.noise_rounds)
 
     def settle_before_lookup(shard: TableShard, rows: Tensor) -> None:
         with timer.phase("settle"):
@@ -206,6 +207,8 @@ def build_private_model(
         cut.watch_lookups(settle_before_lookup)
         for shard in cut.shards:
             shard.noise_key = kernels.derive_key(secret, "tables", shard.table)
+            if plan.noise_grid is not None:
+                put_on_grid(shard, plan.noise_grid)
     state = StepState()
     optimizer = PrivateOptimizer(
         dense=settings.rebuild(recorder.parameters),

@@ -179,6 +179,7 @@ def _finish(
         "steps_charged": charged,
         "plan": plan.model_dump(),
         "statement": privacy_statement(engine, charged),
+        "not_covered": list(plan.not_covered()),
         "dataset": engine.dataset,
         "run_id": engine.run_id,
     }

@@ -33,7 +33,12 @@ call leaves the weight as it was.
 from __future__ import annotations
 
 from dist_dp.kernels import operators as _operators  # noqa: F401 (registers torch.ops.dist_dp)
-from dist_dp.kernels.dispatch import SlowKernelsWarning, implementation, slow_reason
+from dist_dp.kernels.dispatch import (
+    SlowKernelsWarning,
+    implementation,
+    slow_reason,
+    warn_if_slow,
+)
 from dist_dp.kernels.draws import derive_key, normal, normal_like, uniform_rows, uniforms
 from dist_dp.kernels.updates import add_normal, settle_range, settle_rows
 
@@ -49,4 +54,5 @@ __all__ = [
     "slow_reason",
     "uniform_rows",
     "uniforms",
+    "warn_if_slow",
 ]

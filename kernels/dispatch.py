@@ -97,16 +97,21 @@ def gpu_or_none(device: torch.device) -> ModuleType | None:
         return None
     found = _gpu(device)
     if found is None:
-        warn_if_slow(device)
+        warn_if_slow(device, stacklevel=3)
     return found
 
 
-def warn_if_slow(device: torch.device | str = "cpu") -> None:
-    """Warn once for each reason that the reference runs."""
+def warn_if_slow(device: torch.device | str = "cpu", *, stacklevel: int = 2) -> None:
+    """Warn once for each reason that the reference runs.
+
+    Args:
+        device: where the tensors are.
+        stacklevel: whose line the warning names: 1 this function's caller, 2 that one's caller, …
+    """
     reason = slow_reason(device)
     if reason is not None and reason not in _warned:
         _warned.add(reason)
-        warnings.warn(reason, SlowKernelsWarning, stacklevel=4)
+        warnings.warn(reason, SlowKernelsWarning, stacklevel=stacklevel + 1)
 
 
 def _gpu(device: torch.device) -> ModuleType | None:

@@ -162,10 +162,10 @@ def _settle(update: Update, part: torch.Tensor, rows: Int64Array, chunk: slice) 
     if update.grid:
         exact = part.to(torch.float64) * decay.to(torch.float64) / update.grid
         whole = exact.round()
-        steps_of_grid = (
-            whole + ((exact - whole) + noise * (scale.to(torch.float64) / update.grid)).round()
-        )
-        part.copy_(steps_of_grid.clamp(-GRID_LIMIT, GRID_LIMIT) * update.grid)
+        noise *= scale.to(torch.float64) / update.grid
+        whole += ((exact - whole) + noise).round()
+        # adding 0 turns -0 into 0: the sign of a zero would tell of the weight's
+        part.copy_(whole.clamp(-GRID_LIMIT, GRID_LIMIT) * update.grid + 0.0)
         return
     # a row without noise is decayed alone: adding a zero would turn -0 into 0
     result = torch.where(scale > 0, kept + noise * scale, kept)

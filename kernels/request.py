@@ -28,7 +28,7 @@ class Update:
         scale: float32 or float64 [count].
         rounds: ChaCha rounds.
         stochastic: half precision is rounded up or down at random, else to nearest.
-        grid: 0, or the spacing of the grid that weights are put on (float32 weights only).
+        grid: 0, or the spacing, a power of two, of the grid that weights are put on (float32 only).
     """
 
     weight: torch.Tensor

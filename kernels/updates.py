@@ -213,6 +213,6 @@ def _update(
         if gpu is not None:
             gpu.settle(update)
         else:
-            dispatch.warn_if_slow(device)
+            dispatch.warn_if_slow(device, stacklevel=3)
             reference.settle(update)
     increment_version(weight)

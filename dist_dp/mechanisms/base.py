@@ -23,6 +23,8 @@ class Mechanism(ABC):
 
     Args:
         schedule: The record of what each step's noise and decay are; shared by all shards.
+        grid: Spacing of the grid that settled rows are put on; see :mod:`dist_dp.noise_grid`.
+        rounds: ChaCha rounds of the noise.
 
     Attributes:
         name: Name in configurations.
@@ -34,8 +36,12 @@ class Mechanism(ABC):
     private: ClassVar[bool]
     table_optimizers: ClassVar[frozenset[str]]
 
-    def __init__(self, schedule: NoiseSchedule) -> None:
+    def __init__(
+        self, schedule: NoiseSchedule, *, grid: float | None = None, rounds: int = 20
+    ) -> None:
         self.schedule = schedule
+        self.grid = grid
+        self.rounds = rounds
 
     @classmethod
     def check_optimizer(cls, kind: str) -> None:

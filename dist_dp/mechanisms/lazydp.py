@@ -28,6 +28,14 @@ class LazyDP(Mechanism):
         learning-rate, clip and noise schedule, so the same (ε, δ) holds for the released model,
         for adding or removing one record. It covers settled values only: the tables in memory
         between reads, and which rows a step touched, are outside the guarantee.
+
+        With a grid, a row is rounded once for each read instead of once a step, so the two laws
+        differ by these roundings, at most half a spacing each. The release is rounded last, for
+        all rows alike: post-processing. A rounding at a training lookup is not, since a record
+        decides by its presence which rows are read; it moves a number before the noise of the
+        same step, and :func:`dist_dp.noise_grid.clip_limits` counts it as part of the record's
+        gradient. Hence the same (ε, δ), as long as lookups outside training steps do not depend
+        on the training records, with the same bound a rounding as for ``dpsgd``.
     """
 
     name = "lazydp"
@@ -52,6 +60,8 @@ class LazyDP(Mechanism):
             to_step=step,
             decay=decay,
             scale=scale,
+            rounds=self.rounds,
+            grid=self.grid,
         )
         shard.last_step[stale] = step
 

@@ -112,7 +112,7 @@ inline float on_grid(float w, float decay, double noise, double grid) {
   double steps = whole + __builtin_rint((exact - whole) + noise);
   if (steps > limit) steps = limit;
   if (steps < -limit) steps = -limit;
-  return static_cast<float>(steps * grid);
+  return static_cast<float>(steps * grid + 0.0);  // one zero: its sign would tell of w's
 }
 
 // A row without noise: no random bits, rounded to nearest.

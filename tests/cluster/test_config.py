@@ -52,6 +52,18 @@ def test_overrides_reach_every_level(tmp_path: Path) -> None:
     assert config.data.max_num_embeddings == 300
 
 
+@pytest.mark.parametrize(
+    ("given", "read"),
+    [("auto", "auto"), ("null", None), ("2^-20", 2.0**-20), ("9.5367431640625e-07", 2.0**-20)],
+)
+def test_noise_grid(tmp_path: Path, given: str, read: float | str | None) -> None:
+    path = write_config(tmp_path, small(tmp_path, None))
+    config = load_config(path, parse_overrides([f"noise.grid={given}", "noise.rounds=12"]))
+    assert config.noise.grid == read and config.noise.rounds == 12
+    path.write_text(config.to_yaml(), encoding="utf-8")
+    assert load_config(path) == config
+
+
 def test_the_resolved_configuration_loads_again(tmp_path: Path) -> None:
     config = parse_config(
         changed("model", sharding={"C1": "row_wise", "C2": "auto"})
@@ -99,6 +111,15 @@ def test_the_resolved_configuration_loads_again(tmp_path: Path) -> None:
                 "privacy": {"mechanism": "none"},
             },
             ["train.weight_decay", "adagrad", "use sgd, or 0"],
+        ),
+        ({**SMALL, "noise": {"grid": 1e-6}}, ["noise.grid", "2^-20 = 9.53674e-07 and 2^-19"]),
+        ({**SMALL, "noise": {"grid": "fine"}}, ["noise.grid", "power of two such as", "'fine'"]),
+        ({**SMALL, "noise": {"grid": True}}, ["noise.grid", "power of two such as", "True"]),
+        ({**SMALL, "noise": {"rounds": 8}}, ["'noise.rounds'", "20 or 12", "8"]),
+        ({**SMALL, "noise": {"gird": "auto"}}, ["unknown key 'noise.gird'", "grid, rounds"]),
+        (
+            {**SMALL, "privacy": {"mechanism": "none"}, "noise": {"grid": "auto"}},
+            ["noise.grid", "mechanism 'none'", "remove it"],
         ),
         (changed("train", weight_decay=3.0), ["train.weight_decay", "learning rate"]),
         (changed("model", dense_arch=[16, 4]), ["model.dense_arch", "embedding_dim 8"]),

@@ -168,6 +168,33 @@ def test_a_rate_whose_noise_is_lost_is_refused(schedule: dict[str, Any], wrong: 
             make_plan(config, 1000)
 
 
+def test_noise_grid_of_a_plan(tmp_path: Path) -> None:
+    """`auto` knows the least and the greatest noise of the schedule."""
+    rates = {"kind": "cosine", "base": 64.0, "total_steps": 50, "final_fraction": 0.01}
+    options = {"privacy": KNOWN_NOISE, "train": {"steps": 100, "learning_rate": rates}}
+    auto = {**options, "noise": {"grid": "auto", "rounds": 12}}
+    report = planned(tmp_path, None, "--num-records=1000", **auto)
+    # 64 / 128 a step at most: 8 * sqrt(100) * 0.5 = 40 must be within reach of 2^24 multiples.
+    assert report["noise_grid"] == 2.0**-18
+    assert "2^-18" in report["statement"] and "ChaCha12" in report["statement"]
+    path = write_config(tmp_path, small(tmp_path, None, **auto))
+    shown = run("plan", "-c", path, "--num-records=1000")
+    assert "noise grid" in shown.stdout and "2^-18, table weights within ±64" in shown.stdout
+    plain = planned(tmp_path, None, "--num-records=1000", **options)
+    assert plain["noise_grid"] is None and plain["epsilon"] == report["epsilon"]
+    # The last steps' noise is 0.005: an eighth of it is 2^-10.7.
+    path = write_config(tmp_path, small(tmp_path, None, **options, noise={"grid": "2^-10"}))
+    coarse = run("plan", "-c", path, "--num-records=1000")
+    assert_one_line_error(coarse, "noise.grid", "2^-10 is more than an eighth", "give 2^-11")
+    to_zero = {**options["train"], "learning_rate": {**rates, "final_fraction": 0.0}}
+    assert make_plan(parse_config(small(tmp_path, None, **{**auto, "train": to_zero})), 1000)
+    slow = {**rates, "final_fraction": 0.0, "base": 0.5, "total_steps": 100}
+    wrong = {**auto, "train": {**options["train"], "learning_rate": slow}}
+    path = write_config(tmp_path, small(tmp_path, None, **wrong))
+    refused = run("plan", "-c", path, "--num-records=1000")
+    assert_one_line_error(refused, "noise.grid: none fits", "±8", "final_fraction")
+
+
 def test_what_cannot_be_planned(tmp_path: Path) -> None:
     values = small(tmp_path, None, privacy=KNOWN_NOISE)
     path = write_config(tmp_path, values)

@@ -140,12 +140,13 @@ def without_privacy(tmp_path_factory: pytest.TempPathFactory, clicks: Path, ray_
 
 
 def test_output_is_quiet(trained: Run) -> None:
-    phases = ["reading the data", "starting Ray", "training"]
+    phases = ["reading the data", "starting Ray", f"noise kernels: {trained.summary['kernels']}"]
+    phases += ["training"]
     phases += ["evaluating", "settling and releasing", "writing the report"]
     # "evaluating" and the like may pass between two looks at the monitor.
     lines = [line.removesuffix(" …") for line in trained.err.splitlines()]
     assert lines == [phase for phase in phases if phase in lines]
-    assert lines[:3] == phases[:3]
+    assert lines[:4] == phases[:4]
     named = [line.split()[0] for line in trained.out.splitlines()]
     assert named == ["privacy", "budget", "quality", "speed", "steps", "run", "model"]
 
@@ -378,6 +379,40 @@ def test_none_is_marked_as_not_private(without_privacy: Run) -> None:
 def test_none_learns(without_privacy: Run) -> None:
     rows = without_privacy.rows()
     assert sum(r["loss"] for r in rows[-3:]) < sum(r["loss"] for r in rows[:3])
+
+
+# The run on a grid, with the slow reference.
+
+
+def test_a_run_on_a_grid_with_slow_kernels(tmp_path: Path, clicks: Path) -> None:
+    """Every released number is on the grid; the console says that the reference runs, and why."""
+    values = small(
+        tmp_path,
+        clicks,
+        privacy={"epsilon": None, "noise_multiplier": 1.0, "seed": 3},
+        noise={"grid": "auto", "rounds": 12},
+        train={"steps": 3},
+    )
+    process = start(
+        "train", "-c", write_config(tmp_path, values), "--name", "slow", folder=tmp_path,
+        DIST_DP_KERNELS="reference",
+    )  # fmt: skip
+    assert process.wait(timeout=300) == 0, (tmp_path / "err.txt").read_text()
+    folder = tmp_path / "runs" / "slow"
+    said = (tmp_path / "err.txt").read_text().splitlines()
+    assert "noise kernels: reference (NumPy) …" in said
+    (warning,) = (line for line in said if "SlowKernelsWarning: " in line)
+    assert "workers 0, 1: noise is made by the NumPy reference" in warning
+    assert "DIST_DP_KERNELS=reference; unset it" in warning
+    summary = json.loads((folder / "summary.json").read_text())
+    assert summary["kernels"] == "reference (NumPy)"
+    release = Release.open(folder / "release")
+    spacing = release.manifest["privacy"]["plan"]["noise_grid"]
+    for name in release.manifest["tables"]:
+        multiples = release.table(name).double() / spacing
+        assert bool((multiples == multiples.round()).all())
+    (bits,) = (s for s in summary["not_covered"] if "grid" in s)
+    assert bits in (folder / "release" / "MODEL_CARD.md").read_text(encoding="utf-8")
 
 
 # Errors in workers.

@@ -81,6 +81,7 @@ def build(
     optimizer: torch.optim.Optimizer | None = None,
     expected: float = EXPECTED,
     secret: bytes = SECRET,
+    grid: float | None = None,
     **options: Any,
 ) -> PrivateModel:
     """A private model with a small plan."""
@@ -92,6 +93,7 @@ def build(
         expected_batch_size=expected,
         steps=100,
         delta=1e-4,
+        noise_grid=grid,
     )
     optimizer = optimizer or torch.optim.SGD(model.parameters(), lr=RATE)
     return build_private_model(

@@ -67,7 +67,9 @@ def loader_of(private: PrivateModel, data: Any, steps: int, **options: Any) -> P
     return PoissonLoader(as_source(data), sampler, leases, private.state, steps)
 
 
-def private_run(kind: Any, mechanism: str, zero: bool, meta: bool = False) -> dict[str, Any]:
+def private_run(
+    kind: Any, mechanism: str, zero: bool, meta: bool = False, grid: float | None = None
+) -> dict[str, Any]:
     """Final table pieces and dense weights, and what an evaluation in the middle saw."""
     whole, data = model(meta), records()
     optimizer = torch.optim.SGD(whole.parameters(), lr=RATE, weight_decay=0.1)
@@ -79,6 +81,7 @@ def private_run(kind: Any, mechanism: str, zero: bool, meta: bool = False) -> di
         mechanism=mechanism,
         optimizer=optimizer,
         expected=0.3 * RECORDS,
+        grid=grid,
     )
     decay = torch.optim.lr_scheduler.ExponentialLR(private.optimizer, 0.8)
     seen: Tensor | None = None
@@ -116,3 +119,12 @@ def all_runs(kinds: list[Any], eager: list[Any]) -> dict[tuple[Any, ...], dict[s
     for name, kind in kinds[:2]:
         found["meta", name, False] = private_run(kind, "lazydp", zero=False, meta=True)
     return found
+
+
+def grid_runs(kinds: dict[str, Any], grid: float) -> dict[tuple[str, bool], dict[Any, Tensor]]:
+    """Final pieces of lazy runs on a grid, by (name of the kind, gradients are zero)."""
+    return {
+        (name, zero): private_run(kind, "lazydp", zero, grid=grid)["pieces"]
+        for name, kind in kinds.items()
+        for zero in (True, False)
+    }

@@ -276,3 +276,15 @@ def test_the_threads_arithmetic_does_not_matter(isa: str) -> None:
         assert torch.tensor(1e-39).mul(1.0) == 0  # the caller's setting is as it was
     finally:
         torch.set_flush_denormal(False)
+
+
+@pytest.mark.parametrize("isa", [*ISAS, None])
+def test_zeros_of_the_grid_have_one_sign(isa: str | None) -> None:
+    """The sign of a stored zero would tell on which side of 0 the unnoised weight was."""
+    update = make_update(400, 64, listed=False, grid=2.0**-10, scale=torch.full((360,), 2.0**-7))
+    update = replace(update, decay=torch.ones(360))
+    for value in (-1e-9, 1e-9, -0.0):
+        update.weight.fill_(value)
+        settled = result(update, isa)[17:377]
+        assert (settled == 0).sum() > 100
+        assert not (settled == bits(torch.tensor([-0.0]))).any()

@@ -80,12 +80,15 @@ inline void box_muller(const Key &key, const Words input[4], int rounds, int pai
 }
 
 // z[lane][c] <- column 16 b + c, for the lane's row and column block b.
-inline void make_normals(const Key &key, const Words input[4], int rounds, float (*z)[16]) {
+inline void make_normals(const Key &key, const Words input[4], int rounds, float (*z)[16],
+                         const char *const *fetch) {
   Words x[16];
   Floats columns[16];
   chacha(key, input, rounds, x);
 #pragma GCC unroll 1
   for (int pair = 0; pair < 8; ++pair) {
+    // a few at a time: the processor has room for a dozen lines on their way
+    for (int i = 0; i < kLanes / 8; ++i) __builtin_prefetch(fetch[kLanes / 8 * pair + i], 1);
     box_muller(key, input, rounds, pair, x[2 * pair], x[2 * pair + 1], columns[2 * pair],
                columns[2 * pair + 1]);
   }

@@ -9,7 +9,7 @@
 
 namespace {
 
-// What the lanes work on. Filled two batches ahead, so that the rows are in the cache in time.
+// What the lanes work on. Filled a batch ahead, so that the rows are in the cache in time.
 struct Batch {
   uint32_t high[2 * kLanes], low[2 * kLanes], from[2 * kLanes];  // words 12, 13, 14; room to spill
   struct Run {  // neighbouring column blocks of one row
@@ -19,9 +19,10 @@ struct Batch {
     float decay, scale;
   } run[kLanes];
   int runs;
+  const char *place[kLanes];  // where the lanes' weights are, to be fetched
 };
 
-constexpr int kAhead = 2;
+constexpr int64_t kTouched = 16;  // rows of a list whose addresses are translated in one go
 
 alignas(64) constexpr uint32_t kCount[16] = {0, 1, 2, 3, 4, 5, 6, 7, 8, 9, 10, 11, 12, 13, 14, 15};
 
@@ -35,7 +36,9 @@ class Walk {
         first_block_(job.column_offset / 16),
         end_block_((job.column_offset + job.num_columns + 15) / 16),
         size_(size_of(job.weight_kind)),
-        block_(end_block_) {}
+        block_(end_block_),
+        touched_(first),
+        next_touch_(job.rows.data != nullptr ? first : -1) {}
 
   void fill(Batch &batch) {
     int lane = 0;
@@ -58,11 +61,14 @@ class Walk {
         store(batch.from + lane, words(from_));
       }
       const char *place = row_start_ + (block_ * 16 - job_.column_offset) * step();
-      for (int i = 0; i < length; ++i) __builtin_prefetch(place + i * 16 * step(), 1);
+      for (int i = 0; i < length; ++i) batch.place[lane + i] = place + i * 16 * step();
       block_ += length;
       lane += length;
     }
-    for (; lane < kLanes; ++lane) batch.high[lane] = batch.low[lane] = batch.from[lane] = 0;
+    for (; lane < kLanes; ++lane) {
+      batch.high[lane] = batch.low[lane] = batch.from[lane] = 0;
+      batch.place[lane] = nullptr;  // may be fetched like any address
+    }
   }
 
   // Bytes from one column to the next.
@@ -72,10 +78,9 @@ class Walk {
   // Goes to the next row that needs noise; the others only decay.
   bool next_row() {
     while (++row_ < last_) {
-      const int64_t local =
-          job_.rows.data != nullptr ? integer_at(job_.rows, row_) : job_.first_row + row_;
-      row_start_ = static_cast<char *>(job_.weight) +
-                   (job_.decay.data != nullptr ? local : row_) * job_.row_stride * size_;
+      if (row_ == next_touch_) touch();
+      const int64_t local = local_row(row_);
+      row_start_ = start_of(row_, local);
       const uint64_t global = static_cast<uint64_t>(local + job_.row_offset);
       high_ = static_cast<uint32_t>(global >> 32) << 16;
       low_ = static_cast<uint32_t>(global);
@@ -90,6 +95,25 @@ class Walk {
     return false;
   }
 
+  int64_t local_row(int64_t row) const {
+    return job_.rows.data != nullptr ? integer_at(job_.rows, row) : job_.first_row + row;
+  }
+
+  char *start_of(int64_t row, int64_t local) const {
+    return static_cast<char *>(job_.weight) +
+           (job_.decay.data != nullptr ? local : row) * job_.row_stride * size_;
+  }
+
+  // A prefetch whose address misses the translation buffer holds up what comes after it. One at a
+  // time that costs more than the noise; many at once are translated side by side.
+  void touch() {
+    const int64_t end = next_touch_ + 2 * kTouched < last_ ? next_touch_ + 2 * kTouched : last_;
+    for (; touched_ < end; ++touched_) {
+      __builtin_prefetch(start_of(touched_, local_row(touched_)), 1);
+    }
+    next_touch_ += kTouched;
+  }
+
   static float rounded_up(double value) {
     const float result = static_cast<float>(value);
     // of a non-negative number, the next pattern is the next larger one
@@ -99,7 +123,7 @@ class Walk {
   const Job &job_;
   int64_t row_;
   const int64_t last_, first_block_, end_block_, size_;
-  int64_t block_;
+  int64_t block_, touched_, next_touch_;
   char *row_start_ = nullptr;
   uint32_t high_ = 0, low_ = 0, from_ = 0;
   float decay_ = 0, scale_ = 1;
@@ -183,12 +207,12 @@ void settle(const Job &job, int64_t first, int64_t last) {
   const bool plain = job.weight_kind == kFloat32 && job.column_stride == 1;
   const Words to = words(static_cast<uint32_t>(job.to_step));
   Walk walk(job, first, last);
-  Batch ring[kAhead + 1];
-  for (int i = 0; i < kAhead; ++i) walk.fill(ring[i]);
-  for (int now = 0;; now = now == kAhead ? 0 : now + 1) {
-    const Batch &batch = ring[now];
-    if (batch.runs == 0) return;
-    walk.fill(ring[now == 0 ? kAhead : now - 1]);
+  Batch batches[2];
+  walk.fill(batches[0]);
+  for (int now = 0; batches[now].runs != 0; now = 1 - now) {
+    const Batch &batch = batches[now];
+    Batch &later = batches[1 - now];
+    walk.fill(later);
     const Words input[4] = {load(batch.high), load(batch.low), load(batch.from), to};
     if (job.grid > 0) {
       alignas(64) double wide[kLanes][16];
@@ -198,7 +222,7 @@ void settle(const Job &job, int64_t first, int64_t last) {
       continue;
     }
     alignas(64) float z[kLanes][16];
-    make_normals(key, input, job.rounds, z);
+    make_normals(key, input, job.rounds, z, later.place);
     if (plain) {
       for (int i = 0; i < batch.runs; ++i) apply_plain(job, batch.run[i], z);
       continue;

@@ -148,7 +148,7 @@ def test_output_is_quiet(trained: Run) -> None:
     assert lines == [phase for phase in phases if phase in lines]
     assert lines[:4] == phases[:4]
     named = [line.split()[0] for line in trained.out.splitlines()]
-    assert named == ["privacy", "budget", "quality", "speed", "steps", "run", "model"]
+    assert named == ["privacy", "budget", "quality", "noise", "speed", "steps", "run", "model"]
 
 
 def test_result_is_printed(trained: Run) -> None:

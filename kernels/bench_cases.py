@@ -12,9 +12,10 @@ import torch
 from dist_dp.kernels import draws, native, updates
 from dist_dp.kernels.request import Update
 
-DIMENSIONS = (16, 64, 128)
 _KEY = draws.derive_key(bytes(32), "noise", "bench")
 _TO_STEP = 100
+_TABLES = ((16, False), (64, False), (128, False), (128, True))
+"""Columns, and whether row lists are in ascending order."""
 _PARTS = 8  # row lists of one table: no list follows itself, so none is still in a cache
 _GRID = 2.0**-20
 
@@ -164,10 +165,11 @@ def _add_updates(
         for name, number in (("list", sizes.table // _PARTS), ("table", sizes.table)):
             suite.add(_copy(f"copy as many bytes as a {name}", memory, other, number, threads))
     settled: dict[tuple[str, int, int], Case] = {}
-    for dimension in DIMENSIONS:
-        table = Table(memory, dimension)
-        for threads, whole in itertools.product((1, 2), (False, True)):
-            what = f"{'whole table' if whole else 'row list'}, dim {dimension}"
+    for dimension, ordered in _TABLES:
+        table = Table(memory, dimension, ordered)
+        for threads, whole in itertools.product((1, 2), (False,) if ordered else (False, True)):
+            listed = "ascending row list" if ordered else "row list"
+            what = f"{'whole table' if whole else listed}, dim {dimension}"
             decayed = suite.add(table.decayed(f"decay, {what}", whole, isa, threads, next(turn)))
             for rounds in (12, 20):
                 limits = (generators[rounds, threads], decayed)
@@ -178,12 +180,12 @@ def _add_updates(
             if threads == 1:
                 extra = table.unchecked(f"settle without checks, {what}", whole, isa, next(turn))
                 suite.add(extra, torch_normal)
-                if dimension == 128 and not whole:
+                if dimension == 128 and not (whole or ordered):
                     case = table.settled(
                         f"settle on a grid, {what}", whole, isa, 20, 1, next(turn), (), _GRID
                     )
                     suite.add(case, torch_normal)
-    for what in ("row list, dim 128", "whole table, dim 128"):
+    for what in ("row list, dim 128", "ascending row list, dim 128", "whole table, dim 128"):
         for rounds in (12, 20):
             case = settled[what, rounds, 1]
             title = f"settle, {what}, {rounds} rounds, against normals and decay"
@@ -202,13 +204,15 @@ def _copy(name: str, source: torch.Tensor, target: torch.Tensor, number: int, th
 class Table:
     """A table on any device, with lists of rows to settle in it.
 
-    Each row has steps and factors of its own, as in training; lists are in random order.
+    Each row has steps and factors of its own, as in training. Lists hold random rows in random
+    order, or `ordered` in ascending order, as training's own lists are.
     """
 
-    def __init__(self, memory: torch.Tensor, dimension: int) -> None:
+    def __init__(self, memory: torch.Tensor, dimension: int, ordered: bool = False) -> None:
         self.weight = memory.view(-1, dimension)
         number, device = self.weight.shape[0], memory.device
-        self.lists = torch.randperm(number, device=device).chunk(_PARTS)
+        lists = torch.randperm(number, device=device).chunk(_PARTS)
+        self.lists = [rows.sort().values if ordered else rows for rows in lists]
         self.from_steps = torch.randint(0, _TO_STEP, (number,), device=device)
         self.decay = torch.rand(number, dtype=torch.float64, device=device) * 0.1 + 0.9
         self.scale = torch.rand(number, dtype=torch.float64, device=device) * 0.1 + 0.01

@@ -57,7 +57,7 @@ def test_rows(quick: dict[str, Any]) -> None:
         (isa, rounds) for isa in native.isas() for rounds in (8, 12, 20)
     }
     names = {(row["name"], row["threads"]) for row in quick["results"]}
-    for dimension in bench_cases.DIMENSIONS:
+    for dimension in (16, 64, 128):
         for what in ("row list", "whole table"):
             assert {(f"settle, {what}, dim {dimension}", threads) for threads in (1, 2)} <= names
 

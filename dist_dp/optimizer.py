@@ -63,7 +63,7 @@ class PrivateOptimizer(torch.optim.Optimizer):
         Arithmetic: without ``plan.noise_grid``, floating point is taken for real numbers. With
         it, noised sums of dense gradients and table rows are put on fixed grids with float64
         noise (each number as in real arithmetic, but for a probability below
-        2^-49 (1 + 10 deviation / spacing)), and what the rounding of table rows adds to a
+        2^-49 (1 + 10 deviation / spacing), which ε and δ leave out), and what the rounding of table rows adds to a
         record's influence is taken off its clip norm (:mod:`dist_dp.grid_rounding`). What
         remains is the float32 rounding of gradients and of their sums, before the noise: about
         one unit in the last place of the gradient's coordinates (Casacuberta et al., CCS 2022).

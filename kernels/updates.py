@@ -53,11 +53,11 @@ def settle_rows(
             of 0.
 
     Guarantee:
-        With `grid`, the value stored is the one that real arithmetic and a real Gaussian would
-        give, except with probability below 2^-49 (1 + 10 scale / grid) for each number; so its
-        low-order bits say no more about the unnoised weight than the Gaussian mechanism allows.
-        Without it, the same holds up to float32's rounding only, which attacks on low-order bits
-        can use.
+        With `grid`, the value stored is the one that real arithmetic, a real Gaussian and one
+        rounding would give, except with probability below 2^-49 (1 + 10 scale / grid) for each
+        number; a run's ε and δ leave that probability out (docs/kernels.md says what it comes
+        to). Without a grid the same holds up to float32's rounding only, which attacks on
+        low-order bits can use.
     """
     shard = checks.table(weight)
     if rows.device != shard.device:

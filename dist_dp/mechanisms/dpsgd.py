@@ -22,7 +22,7 @@ class DPSGD(Mechanism):
 
         With a grid, w_t is also rounded to it at every step, whatever the batch: post-processing.
         Each rounding gives what real arithmetic and a real Gaussian would, but for a probability
-        below 2^-49 (1 + 10 deviation / spacing) a number.
+        below 2^-49 (1 + 10 deviation / spacing) a number, which ε and δ leave out.
     """
 
     name = "dpsgd"

@@ -107,7 +107,13 @@ def make_plan(config: RunConfig, num_records: int) -> PrivacyPlan:
     if privacy.epsilon is not None:
         plan = plan.calibrate(privacy.epsilon, delta)
     smallest, largest = _noise_of_steps(config, plan)
-    return plan.with_noise_grid(config.noise.grid, smallest, largest)
+    plan = plan.with_noise_grid(config.noise.grid, smallest, largest)
+    if plan.noise_grid is not None and learning_rate_at(train.learning_rate, plan.steps) == 0:
+        raise ConfigError(
+            "noise.grid: the tables' learning rate is 0 at the last step, so a release would add "
+            "no noise on the grid; give the cosine a final_fraction"
+        )
+    return plan
 
 
 def _noise_of_steps(config: RunConfig, plan: PrivacyPlan) -> tuple[float, float]:

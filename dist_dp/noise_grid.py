@@ -11,12 +11,13 @@ How fine. A spacing may be at most an eighth of the noise of any one step. `auto
 whose 2^24 multiples (float32 is exact up to there) reach eight times the noise a weight collects
 over the run, and at least 8. Weights are held inside that range.
 
-Rounding what was noised is post-processing. What the grid changes before the noise is kept inside
-the clip norm by `dist_dp.grid_rounding`.
+Where. Noised sums of dense gradients at every step; table rows at a release, with the noise of at
+least the last step, and under `dpsgd` at every step. All rows alike are rounded and held in the
+range, whatever the records: post-processing. Under `lazydp` a training lookup does not round to
+the grid, since which rows it reads is private.
 
 What it costs. float64 noise takes about four times as long to draw; a rounding adds a twelfth of
-a squared spacing to the variance (at most 0.13 % of a step's); and of the clip norm the share
-sigma * sqrt(numbers read) * spacing / (noise of the step on a weight).
+a squared spacing to the variance (at most 0.13 % of a step's).
 """
 
 from __future__ import annotations

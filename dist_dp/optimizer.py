@@ -14,7 +14,6 @@ from dist_dp.clipping.recorder import DenseRecorder
 from dist_dp.cut import CutEmbeddings
 from dist_dp.distributed import all_reduce_sum
 from dist_dp.errors import ConfigError, DistDpError, ModelError
-from dist_dp.grid_rounding import NumbersRead, clip_limits
 from dist_dp.mechanisms.base import Mechanism
 from dist_dp.noise_grid import check_spacing
 from dist_dp.noise_schedule import NoiseSchedule
@@ -61,12 +60,11 @@ class PrivateOptimizer(torch.optim.Optimizer):
         one (see :func:`dist_dp.probe.check_outputs_independent`) and a secret noise key.
 
         Arithmetic: without ``plan.noise_grid``, floating point is taken for real numbers. With
-        it, noised sums of dense gradients and table rows are put on fixed grids with float64
-        noise (each number as in real arithmetic, but for a probability below
-        2^-49 (1 + 10 deviation / spacing), which ε and δ leave out), and what the rounding of table rows adds to a
-        record's influence is taken off its clip norm (:mod:`dist_dp.grid_rounding`). What
-        remains is the float32 rounding of gradients and of their sums, before the noise: about
-        one unit in the last place of the gradient's coordinates (Casacuberta et al., CCS 2022).
+        it, noised sums of dense gradients, and table rows at a release, are put on fixed grids
+        with float64 noise (each number as in real arithmetic, but for a probability below
+        2^-49 (1 + 10 deviation / spacing), which ε and δ leave out). What remains is float32
+        rounding before that noise, of gradients, sums and rows: about one unit in the last place
+        (Casacuberta et al., CCS 2022).
 
     Args:
         dense: Optimizer over the dense parameters, or None if the model has none.
@@ -118,7 +116,6 @@ class PrivateOptimizer(torch.optim.Optimizer):
         # Set by zero_grad after a forward without backward: the next forward replaces it.
         self.superseded = False
         self._state = state
-        self._numbers_read = None if plan.noise_grid is None else NumbersRead(cuts)
         for cut in cuts:
             cut.learning_rate = self._table_rate
         self._keys = {
@@ -161,8 +158,6 @@ class PrivateOptimizer(torch.optim.Optimizer):
         self.recorder.clear()
         for cut in self.cuts:
             cut.clear()
-        if self._numbers_read is not None:
-            self._numbers_read.clear()
         self.superseded = False
 
     @torch.no_grad()
@@ -180,6 +175,7 @@ class PrivateOptimizer(torch.optim.Optimizer):
         """
         if closure is not None:
             raise DistDpError("a private step takes no closure: one backward a step")
+        self._check_grid()
         self.recorder.check_no_stray_gradients()
         for cut in self.cuts:
             cut.check_no_stray_gradients()
@@ -254,35 +250,25 @@ class PrivateOptimizer(torch.optim.Optimizer):
                 f"step {self.schedule.step + 1}: the gradient of an example is not finite. The "
                 "training diverged (lower the learning rate) or the features hold huge values."
             )
-        limits = self._clip_limits(batch, norms)
-        factors = (limits / torch.maximum(norms, limits)).clamp_max(1.0)
+        limit = self.plan.max_grad_norm * ROUNDING_MARGIN
+        factors = (limit / norms.clamp_min(limit)).clamp_max(1.0)
         return norms, factors * mask * unscale
 
-    def _clip_limits(self, batch: int, norms: Tensor) -> Tensor:
-        """The norm that each example's gradient may have, shaped like ``norms``."""
-        limit = self.plan.max_grad_norm * ROUNDING_MARGIN
-        lr, expected = float(self.param_groups[0]["lr"]), self.plan.expected_batch_size
-        if self.plan.noise_grid is None or self._numbers_read is None or lr == 0:
-            return torch.full_like(norms, limit)
-        when = f"at step {self.schedule.step + 1}"
-        check_spacing(self.plan.noise_grid, lr * self.plan.noise_on_sum / expected, when)
-        self._refuse_noise_after_a_pause()
-        numbers = self._numbers_read.counts(batch, norms.device)
-        return clip_limits(limit, numbers, self.plan.noise_grid, self._table_rate() / expected)
-
-    def _refuse_noise_after_a_pause(self) -> None:
-        """With a grid, a learning rate of 0 may come first or last, not between.
-
-        A read in a step without noise rounds rows like any other, and the next step's limits
-        would not know of it. Before the first noise rows are on the grid anyway; after the last,
-        rounding once or twice is the same.
-        """
+    def _check_grid(self) -> None:
+        """With a grid, a step's noise must be well above its spacing, and no step without."""
+        if self.plan.noise_grid is None:
+            return
         step = self.schedule.step
-        _, scale = self.schedule.decay_and_scale(torch.tensor([0, max(0, step - 1)]), step)
-        if float(scale[0]) > 0 and float(scale[1]) == 0:
+        lr = float(self.param_groups[0]["lr"])
+        deviation = lr * self.plan.noise_on_sum / self.plan.expected_batch_size
+        if deviation > 0:
+            check_spacing(self.plan.noise_grid, deviation, f"at step {step + 1}")
+            return
+        _, owed = self.schedule.decay_and_scale(torch.zeros(1, dtype=torch.int64), step)
+        if float(owed) > 0:
             raise ConfigError(
-                f"the tables' learning rate was 0 at step {step} and rises again: with noise.grid "
-                "it may be 0 at the start and at the end only"
+                f"step {step + 1}: the tables' learning rate is 0 after steps with noise; with "
+                "noise.grid the last step of a release must add noise, so let the rate stay above 0"
             )
 
     def _noise_dense(self, sums: dict[str, Tensor], step: int) -> float:

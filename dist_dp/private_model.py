@@ -15,7 +15,6 @@ from dist_dp.clipping.recorder import DenseRecorder
 from dist_dp.cut import CutEmbeddings
 from dist_dp.distributed import world_size
 from dist_dp.errors import ConfigError, ModelError
-from dist_dp.grid_rounding import put_on_grid
 from dist_dp.mechanisms import Mechanism, mechanism_class
 from dist_dp.noise_schedule import NoiseSchedule
 from dist_dp.optimizer import LossReduction, PrivateOptimizer, watch_forwards
@@ -200,15 +199,14 @@ def build_private_model(
     mechanism = mechanism_kind(NoiseSchedule(), grid=plan.noise_grid, rounds=plan.noise_rounds)
 
     def settle_before_lookup(shard: TableShard, rows: Tensor) -> None:
+        # a cut lookup is the only one that needs gradients
         with timer.phase("settle"):
-            mechanism.before_lookup(shard, rows)
+            mechanism.before_lookup(shard, rows, training=torch.is_grad_enabled())
 
     for cut in cuts:
         cut.watch_lookups(settle_before_lookup)
         for shard in cut.shards:
             shard.noise_key = kernels.derive_key(secret, "tables", shard.table)
-            if plan.noise_grid is not None:
-                put_on_grid(shard, plan.noise_grid)
     state = StepState()
     optimizer = PrivateOptimizer(
         dense=settings.rebuild(recorder.parameters),

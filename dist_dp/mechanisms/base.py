@@ -59,12 +59,13 @@ class Mechanism(ABC):
             )
 
     @abstractmethod
-    def before_lookup(self, shard: TableShard, rows: Tensor) -> None:
+    def before_lookup(self, shard: TableShard, rows: Tensor, *, training: bool = True) -> None:
         """Brings rows up to date before they are read.
 
         Args:
             shard: The shard.
             rows: int64, distinct local rows.
+            training: Whether training records chose the rows.
         """
 
     @abstractmethod

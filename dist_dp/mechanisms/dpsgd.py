@@ -29,7 +29,7 @@ class DPSGD(Mechanism):
     private = True
     table_optimizers = frozenset({"sgd"})
 
-    def before_lookup(self, shard: TableShard, rows: Tensor) -> None:
+    def before_lookup(self, shard: TableShard, rows: Tensor, *, training: bool = True) -> None:
         """Nothing waits."""
 
     def after_update(self, shards: Iterable[TableShard]) -> None:
@@ -43,12 +43,9 @@ class DPSGD(Mechanism):
 
 
 def settle_all(mechanism: Mechanism, shard: TableShard) -> None:
-    """Settles every row of a shard up to the schedule's step.
-
-    A row that is up to date was settled after its last gradient, so it is on the grid already.
-    """
+    """Settles every row of a shard up to the schedule's step, and puts it on the grid."""
     schedule = mechanism.schedule
-    if bool((shard.last_step == schedule.step).all()):
+    if mechanism.grid is None and bool((shard.last_step == schedule.step).all()):
         return
     decay, scale = schedule.decay_and_scale(shard.last_step, schedule.step)
     kernels.settle_range(

@@ -29,20 +29,19 @@ class LazyDP(Mechanism):
         for adding or removing one record. It covers settled values only: the tables in memory
         between reads, and which rows a step touched, are outside the guarantee.
 
-        With a grid, a row is rounded once for each read instead of once a step, so the two laws
-        differ by these roundings, at most half a spacing each. The release is rounded last, for
-        all rows alike: post-processing. A rounding at a training lookup is not, since a record
-        decides by its presence which rows are read; it moves a number before the noise of the
-        same step, and :func:`dist_dp.noise_grid.clip_limits` counts it as part of the record's
-        gradient. Hence the same (ε, δ), as long as lookups outside training steps do not depend
-        on the training records, with the same bound a rounding as for ``dpsgd``.
+        With a grid, a release puts every row on it, with noise in float64 for all steps since the
+        row was last read by training, the last step's at least: post-processing of all rows
+        alike, with the same bound a number as for ``dpsgd``. Rows that a training batch reads are
+        *not* rounded to the grid, since which rows those are is private; their float32 rounding
+        stays hidden under the noise of at least one step, but is not counted in ε and δ. Lookups
+        outside training are on the grid, so they must not depend on the training records.
     """
 
     name = "lazydp"
     private = True
     table_optimizers = frozenset({"sgd"})
 
-    def before_lookup(self, shard: TableShard, rows: Tensor) -> None:
+    def before_lookup(self, shard: TableShard, rows: Tensor, *, training: bool = True) -> None:
         """Settles the rows about to be read, up to the last finished step."""
         step = self.schedule.step
         stale = rows[shard.last_step[rows] < step]
@@ -61,7 +60,7 @@ class LazyDP(Mechanism):
             decay=decay,
             scale=scale,
             rounds=self.rounds,
-            grid=self.grid,
+            grid=None if training else self.grid,
         )
         shard.last_step[stale] = step
 

@@ -18,7 +18,7 @@ class NoMechanism(Mechanism):
     private = False
     table_optimizers = frozenset({"sgd", "adagrad", "rowwise_adagrad"})
 
-    def before_lookup(self, shard: TableShard, rows: Tensor) -> None:
+    def before_lookup(self, shard: TableShard, rows: Tensor, *, training: bool = True) -> None:
         """Applies the decay that waits."""
         since_start, _ = self.schedule.decay_and_scale(
             torch.zeros(1, dtype=torch.int32), self.schedule.step

@@ -137,6 +137,7 @@ EXPORT int32_t dist_dp_best_isa() {
 // The first fault among a job's values and where it is, or kFine. Writes nothing.
 EXPORT int32_t dist_dp_check(const Job *job, int64_t *where) {
   *where = 0;
+  const PlainArithmetic plain;  // a subnormal scale is noise, too
   if (job->rows.data != nullptr) {
     const int32_t fault = check_rows(*job, where);
     if (fault != kFine) return fault;

@@ -85,14 +85,16 @@ class Walk {
       high_ = static_cast<uint32_t>(global >> 32) << 16;
       low_ = static_cast<uint32_t>(global);
       from_ = static_cast<uint32_t>(integer_at(job_.from_steps, row_));
-      block_ = first_block_;
-      if (job_.decay.data == nullptr) return true;
+      if (job_.decay.data == nullptr) break;
       decay_ = static_cast<float>(number_at(job_.decay, row_));
       scale_ = rounded_up(number_at(job_.scale, row_));
-      if (scale_ > 0) return true;
+      if (scale_ > 0) break;
+      fetch_later();
       decay_row(job_, row_start_, decay_);
     }
-    return false;
+    if (row_ >= last_) return false;
+    block_ = first_block_;
+    return true;
   }
 
   int64_t local_row(int64_t row) const {
@@ -112,6 +114,15 @@ class Walk {
       __builtin_prefetch(start_of(touched_, local_row(touched_)), 1);
     }
     next_touch_ += kTouched;
+  }
+
+  // Rows without noise follow each other too fast for the batches' own fetching.
+  void fetch_later() const {
+    const int64_t later = row_ + 8;
+    if (job_.rows.data == nullptr || later >= last_) return;
+    const char *start = start_of(later, local_row(later));
+    const int64_t lines = job_.column_stride == 1 ? (job_.num_columns * size_ + 63) / 64 : 0;
+    for (int64_t i = 0; i < lines; ++i) __builtin_prefetch(start + 64 * i, 1);
   }
 
   static float rounded_up(double value) {

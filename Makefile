@@ -20,7 +20,9 @@ KIND := $(shell nvidia-smi -L 2>/dev/null | grep -q GPU && echo cuda || echo cpu
 endif
 
 # The stamp names what was installed, by content: a new clone or a touched file changes nothing.
-STAMP := .venv/.installed-$(KIND)-$(firstword $(shell cat Makefile pyproject.toml setup.py kernels/native/* | cksum))
+# A compiler that was not there before counts as a change.
+COMPILER := $(if $(shell command -v $${CXX:-g++}),native,plain)
+STAMP := .venv/.installed-$(KIND)-$(COMPILER)-$(firstword $(shell cat Makefile pyproject.toml setup.py kernels/native/* | cksum))
 TORCHREC := $(shell sed -n 's/.*"\(torchrec==[0-9.]*\)".*/\1/p' pyproject.toml)
 FBGEMM := $(shell sed -n 's/^$(KIND) = \["\(fbgemm[^"]*\)".*/\1/p' pyproject.toml)
 OTHER_FBGEMM := $(if $(filter cpu,$(KIND)),fbgemm-gpu,fbgemm-gpu-cpu)
@@ -68,6 +70,7 @@ $(STAMP):
 	$(INSTALL) --no-build-isolation -e '.[$(KIND),dev]'
 	$(INSTALL) --no-deps $(TORCHREC)
 	$(BIN)/python -c 'from dist_dp._builds import check_builds; check_builds(need_cuda="$(KIND)" == "cuda")'
+	$(BIN)/python -c 'import sys; from dist_dp import kernels; sys.exit(kernels.slow_reason())' || true
 	touch $@
 
 demo: setup  ## train a private model on two local Ray workers, on generated data
@@ -87,7 +90,7 @@ sanitize: setup  ## run the native kernels' tests under AddressSanitizer and UBS
 	  "-fno-sanitize-recover=undefined", "-fno-omit-frame-pointer"))'
 	LD_PRELOAD="$$($${CXX:-g++} -print-file-name=libasan.so):$$($${CXX:-g++} -print-file-name=libstdc++.so.6)" \
 	  ASAN_OPTIONS=detect_leaks=0 DIST_DP_NATIVE_LIBRARY=$$PWD/build/sanitize/_native.so \
-	  $(BIN)/pytest -p no:cacheprovider -m 'not gpu and not slow' $(NATIVE_TESTS) $(PYTEST_ARGS)
+	  $(BIN)/pytest -s -p no:cacheprovider -m 'not gpu and not slow' $(NATIVE_TESTS) $(PYTEST_ARGS)
 
 lint: setup  ## ruff, its formatter in check mode, and mypy
 	@$(BIN)/ruff check $(LINTED)

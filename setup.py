@@ -90,6 +90,10 @@ class BuildNative(build_ext):
     def build_extension(self, ext: Extension) -> None:
         """Compile into the place where setuptools expects the extension."""
         target = Path(self.get_ext_fullpath(ext.name))
+        # nothing built from older sources may stay behind
+        target.unlink(missing_ok=True)
+        if self.editable_mode:
+            (HERE / "kernels" / "_native.so").unlink(missing_ok=True)
         try:
             compile_library(target, Path(self.build_temp) / "native")
         except (OSError, subprocess.CalledProcessError) as error:

@@ -3,9 +3,8 @@
 Every random number is a function of a key and its own coordinates alone: (global row, column,
 from-step, to-step). It does not depend on where a table is placed, in which order rows are
 visited, on chunks, threads or processes, nor on the processor: the same bits come out everywhere
-(on a GPU too as far as can be told without one; promised there are the same random words, and
-normals within 2 units in the last place). So a run on one worker and a run on eight add the same noise, and a replayed step is the same
-release.
+(promised for a GPU: the same random words, and normals within 2 units in the last place). So a
+run on one worker and a run on eight add the same noise, and a replayed step is the same release.
 
 Guarantee:
     To anyone without the key, the numbers are indistinguishable from independent draws as long

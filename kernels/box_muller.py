@@ -46,18 +46,18 @@ def _constants(*values: str) -> list[np.float32]:
 
 
 # -2 log(1 + f) = -2 f + f^2 + f^3 P(f) for sqrt(1/2) <= 1 + f <= sqrt(2); constant term first
-_LOG = _constants(
+LOG = _constants(
     "-0x1.555554p-1", "0x1.000226p-1", "-0x1.99a01cp-2", "0x1.54728ap-2",
     "-0x1.22d930p-2", "0x1.0d8246p-2", "-0x1.055eaep-2", "0x1.38c974p-3",
 )  # fmt: skip
-(_MINUS_TWO_LN2,) = _constants("-0x1.62e430p+0")
+(MINUS_TWO_LN2,) = _constants("-0x1.62e430p+0")
 # sin(pi/4 x) = x (high + S(x^2)) and cos(pi/4 x) = 1 + x^2 C(x^2); S starts with the low part of
 # pi/4
-(_SIN_HIGH,) = _constants("0x1.921fb6p-1")
-_SIN = _constants("-0x1.a32bdep-26", "-0x1.4abbbap-4", "0x1.465eeap-9", "-0x1.2da156p-15")
-_COS = _constants("-0x1.3bd3ccp-2", "0x1.03c1b0p-6", "-0x1.55b2b4p-12", "0x1.d4f632p-19")
+(SIN_HIGH,) = _constants("0x1.921fb6p-1")
+SIN = _constants("-0x1.a32bdep-26", "-0x1.4abbbap-4", "0x1.465eeap-9", "-0x1.2da156p-15")
+COS = _constants("-0x1.3bd3ccp-2", "0x1.03c1b0p-6", "-0x1.55b2b4p-12", "0x1.d4f632p-19")
 
-_SQRT_HALF_BITS = np.int32(0x3F3504F3)
+SQRT_HALF_BITS = np.int32(0x3F3504F3)
 
 
 def _polynomial(coefficients: list[np.float32], x: Float32Array) -> Float32Array:
@@ -85,13 +85,13 @@ def lengths(words: UInt32Array, extra: UInt32Array) -> Float32Array:
     tail = words < TAIL_BELOW
     near[tail] = (long[tail].astype(np.float64) * 2.0**-64).astype(np.float32)
     u = np.where(upper, np.float32(1.0) - near, near)
-    exponent = (u.view(np.int32) - _SQRT_HALF_BITS) >> 23
+    exponent = (u.view(np.int32) - SQRT_HALF_BITS) >> 23
     f = (u.view(np.int32) - (exponent << 23)).view(np.float32) - np.float32(1.0)
     f = np.where(exponent == 0, -near, f)  # near 1, u itself has lost bits
     square = f * f
-    result = fma(square * f, _polynomial(_LOG, f), square)
+    result = fma(square * f, _polynomial(LOG, f), square)
     result = fma(np.full_like(f, -2.0), f, result)
-    result = fma(exponent.astype(np.float32), np.full_like(f, _MINUS_TWO_LN2), result)
+    result = fma(exponent.astype(np.float32), np.full_like(f, MINUS_TWO_LN2), result)
     return np.sqrt(result)
 
 
@@ -100,8 +100,8 @@ def directions(words: UInt32Array) -> tuple[Float32Array, Float32Array]:
     quarter = ((words << np.uint32(2)) | np.uint32(2)).view(np.int32)
     x = quarter.astype(np.float32) * np.float32(2.0**-31)
     y = x * x
-    sine = fma(x, np.full_like(x, _SIN_HIGH), x * _polynomial(_SIN, y))
-    cosine = fma(y, _polynomial(_COS, y), np.float32(1.0))
+    sine = fma(x, np.full_like(x, SIN_HIGH), x * _polynomial(SIN, y))
+    cosine = fma(y, _polynomial(COS, y), np.float32(1.0))
     exchange = (words & np.uint32(0x40000000)) != 0
     sign = np.where(words >> 31, np.float32(-1.0), np.float32(1.0))
     return sign * np.where(exchange, sine, cosine), sign * np.where(exchange, cosine, sine)

@@ -23,7 +23,7 @@ WORDS_PER_BLOCK = 16
 CHUNK_BLOCKS = 8192
 """Blocks worked on together: 16 words each, 512 KiB, so that the rounds stay in the L2 cache."""
 
-_CONSTANTS = np.frombuffer(b"expand 32-byte k", dtype="<u4").astype(np.uint32)
+CONSTANTS = np.frombuffer(b"expand 32-byte k", dtype="<u4").astype(np.uint32)
 
 
 def blocks(key: bytes, inputs: UInt32Array, rounds: int = 20) -> UInt32Array:
@@ -46,7 +46,7 @@ def blocks(key: bytes, inputs: UInt32Array, rounds: int = 20) -> UInt32Array:
     if rounds not in ROUNDS:
         raise ValueError(f"rounds: one of {ROUNDS} expected, {rounds} given")
     count = inputs.shape[1]
-    fixed = np.concatenate([_CONSTANTS, np.frombuffer(key, dtype="<u4").astype(np.uint32)])
+    fixed = np.concatenate([CONSTANTS, np.frombuffer(key, dtype="<u4").astype(np.uint32)])
     output = np.empty((WORDS_PER_BLOCK, count), np.uint32)
     size = min(count, CHUNK_BLOCKS)
     state = np.empty((WORDS_PER_BLOCK, size), np.uint32)

@@ -26,7 +26,7 @@ def key(value: bytes, name: str = "key") -> bytes:
 
 def rounds(value: int) -> int:
     """20, 12 or 8."""
-    if value not in ROUNDS:
+    if isinstance(value, bool) or not isinstance(value, int) or value not in ROUNDS:
         raise ValueError(f"rounds: one of {ROUNDS} expected, {value} given")
     return value
 
@@ -55,10 +55,35 @@ def columns(column_offset: int, num_columns: int) -> tuple[int, int]:
     return offset, number
 
 
-def integers(value: torch.Tensor, name: str) -> torch.Tensor:
-    """A one-dimensional tensor of integers."""
+def ordinary(value: torch.Tensor, name: str) -> None:
+    """A tensor whose numbers lie in its memory: the kernels are handed addresses."""
     if not isinstance(value, torch.Tensor):
         raise TypeError(f"{name}: a tensor expected, {type(value).__name__} given")
+    kind = type(value)
+    if kind.__torch_dispatch__ is not torch.Tensor.__torch_dispatch__:
+        raise TypeError(f"{name}: {kind.__name__} is no ordinary tensor; pass its local tensor")
+    if value.layout != torch.strided:
+        raise TypeError(f"{name}: a strided tensor expected, {value.layout} given")
+    if value.is_meta or torch._is_functional_tensor(value) or value._is_zerotensor():
+        raise TypeError(f"{name}: a tensor without memory of its own cannot be used here")
+    if value.is_neg() or value.is_conj():
+        raise ValueError(f"{name}: a lazily negated view; call resolve_neg() first")
+    if value.numel():
+        spans = ((n - 1) * s for n, s in zip(value.shape, value.stride(), strict=True))
+        end = (value.storage_offset() + 1 + sum(spans)) * value.element_size()
+        if end > value.untyped_storage().nbytes() or value.data_ptr() == 0:
+            raise ValueError(f"{name}: its storage has been freed or is too small")
+
+
+def single(value: object, name: str) -> None:
+    """One number, not one for each row."""
+    if isinstance(value, torch.Tensor):
+        raise TypeError(f"{name}: one number expected, a tensor given")
+
+
+def integers(value: torch.Tensor, name: str) -> torch.Tensor:
+    """A one-dimensional tensor of integers."""
+    ordinary(value, name)
     if value.dtype not in (torch.int64, torch.int32):
         raise TypeError(f"{name}: dtype int64 or int32 expected, {value.dtype} given")
     if value.dim() != 1:
@@ -116,6 +141,7 @@ def factor(
 ) -> torch.Tensor:
     """Factors float32 or float64 [count] on `device`; their values are checked later."""
     if isinstance(value, torch.Tensor):
+        ordinary(value, name)
         given = value.detach()
         if given.dtype not in (torch.float32, torch.float64):
             raise TypeError(f"{name}: dtype float32 or float64 expected, {given.dtype} given")
@@ -167,6 +193,8 @@ def table(value: torch.Tensor, name: str = "weight") -> torch.Tensor:
     dense(value, name, (torch.float32, torch.bfloat16, torch.float16))
     if value.dim() != 2:
         raise ValueError(f"{name}: two dimensions expected, shape {tuple(value.shape)} given")
+    if value.shape[0] > MAX_ROWS:
+        raise ValueError(f"{name}: {value.shape[0]} rows given, at most 2^48 can be numbered")
     return value.detach()
 
 
@@ -174,13 +202,10 @@ def dense(
     value: torch.Tensor, name: str, dtypes: tuple[torch.dtype, ...] = (torch.float32,)
 ) -> torch.Tensor:
     """A tensor no two elements of which share memory."""
-    if not isinstance(value, torch.Tensor):
-        raise TypeError(f"{name}: a tensor expected, {type(value).__name__} given")
+    ordinary(value, name)
     if value.dtype not in dtypes:
         wanted = " or ".join(str(d).removeprefix("torch.") for d in dtypes)
         raise TypeError(f"{name}: dtype {wanted} expected, {value.dtype} given")
-    if value.layout != torch.strided:
-        raise TypeError(f"{name}: a strided tensor expected, {value.layout} given")
     if _overlaps(value):
         raise ValueError(
             f"{name}: elements of this view share memory (expanded or overlapping strides), so it "

@@ -53,6 +53,7 @@ def slow_reason(device: torch.device | str = "cpu") -> str | None:
             f"noise for tables on {where} is made by the NumPy reference, hundreds of times slower "
             f"than on the GPU: {reason}"
         )
+    chosen_isa()  # an impossible wish is an error already here
     if os.environ.get(VARIABLE) == "reference":
         return f"noise is made by the NumPy reference because {VARIABLE}=reference; unset it"
     if not native.available():

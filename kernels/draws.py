@@ -198,5 +198,6 @@ def _words(key: bytes, counters: UInt32Array, rounds: int) -> UInt32Array:
     """The blocks uint32 [16, n] of counters [4, n], by whatever is fast here."""
     isa = dispatch.chosen_isa()
     if isa is None:
+        dispatch.warn_if_slow(stacklevel=3)
         return reference.blocks(key, counters, rounds)
     return native.blocks(key, counters, rounds, isa=isa)

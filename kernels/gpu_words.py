@@ -15,7 +15,7 @@ import triton.language as tl
 
 from dist_dp.kernels import box_muller, chacha, portable, reference
 
-_CONSTANTS = tl.constexpr(tuple(int(word) for word in chacha._CONSTANTS))
+_CONSTANTS = tl.constexpr(tuple(int(word) for word in chacha.CONSTANTS))
 
 TAIL = tl.constexpr(reference.TAIL << 13)
 WIDE_LOW = tl.constexpr(reference.WIDE_LOW << 13)
@@ -23,19 +23,19 @@ WIDE_HIGH = tl.constexpr(reference.WIDE_HIGH << 13)
 ROUNDING = tl.constexpr(reference.ROUNDING << 13)
 
 _TAIL_BELOW = tl.constexpr(box_muller.TAIL_BELOW)
-_SQRT_HALF_BITS = tl.constexpr(int(box_muller._SQRT_HALF_BITS))
-_MINUS_TWO_LN2 = tl.constexpr(float(box_muller._MINUS_TWO_LN2))
-_SIN_HIGH = tl.constexpr(float(box_muller._SIN_HIGH))
-_LOG = tl.constexpr(tuple(float(c) for c in reversed(box_muller._LOG)))
-_SIN = tl.constexpr(tuple(float(c) for c in reversed(box_muller._SIN)))
-_COS = tl.constexpr(tuple(float(c) for c in reversed(box_muller._COS)))
+_SQRT_HALF_BITS = tl.constexpr(int(box_muller.SQRT_HALF_BITS))
+_MINUS_TWO_LN2 = tl.constexpr(float(box_muller.MINUS_TWO_LN2))
+_SIN_HIGH = tl.constexpr(float(box_muller.SIN_HIGH))
+_LOG = tl.constexpr(tuple(float(c) for c in reversed(box_muller.LOG)))
+_SIN = tl.constexpr(tuple(float(c) for c in reversed(box_muller.SIN)))
+_COS = tl.constexpr(tuple(float(c) for c in reversed(box_muller.COS)))
 
-_WIDE_SQRT_HALF_BITS = tl.constexpr(portable._SQRT_HALF_BITS)
-_LN2_HIGH = tl.constexpr(portable._LN2_HIGH)
-_LN2_LOW = tl.constexpr(portable._LN2_LOW)
-_WIDE_ATANH = tl.constexpr(tuple(portable._ATANH))
-_WIDE_SIN = tl.constexpr(tuple(portable._SIN))
-_WIDE_COS = tl.constexpr(tuple(portable._COS))
+_WIDE_SQRT_HALF_BITS = tl.constexpr(portable.SQRT_HALF_BITS)
+_LN2_HIGH = tl.constexpr(portable.LN2_HIGH)
+_LN2_LOW = tl.constexpr(portable.LN2_LOW)
+_WIDE_ATANH = tl.constexpr(tuple(portable.ATANH))
+_WIDE_SIN = tl.constexpr(tuple(portable.SIN))
+_WIDE_COS = tl.constexpr(tuple(portable.COS))
 _WIDE_ANGLE = tl.constexpr(math.pi / 2.0 * 2.0**-64)
 
 _TWO_M31 = tl.constexpr(2.0**-31)

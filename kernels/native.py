@@ -60,7 +60,7 @@ def library(path: Path = FILE) -> ctypes.CDLL | None:
     """The compiled library, or None where there is none.
 
     Raises:
-        ImportError: the file is there but was built from other sources, or cannot be loaded.
+        ImportError: the file is there but has another interface, or cannot be loaded.
     """
     if not path.exists():
         return None

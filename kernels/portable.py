@@ -16,14 +16,14 @@ from numpy.typing import NDArray
 Float32Array = NDArray[np.float32]
 Float64Array = NDArray[np.float64]
 
-_LN2_HIGH = float.fromhex("0x1.62e42fefa3800p-1")  # 11 low bits zero: exact times any exponent
-_LN2_LOW = float.fromhex("0x1.ef35793c76730p-45")
-_SQRT_HALF_BITS = 0x3FE6A09E00000000
+LN2_HIGH = float.fromhex("0x1.62e42fefa3800p-1")  # 11 low bits zero: exact times any exponent
+LN2_LOW = float.fromhex("0x1.ef35793c76730p-45")
+SQRT_HALF_BITS = 0x3FE6A09E00000000
 # atanh(s) = s + s^3/3 + s^5/5 + ...; |s| <= 0.1716 leaves less than 2^-62 behind the last term
-_ATANH = [1.0 / (2 * k + 1) for k in range(11, 0, -1)]
+ATANH = [1.0 / (2 * k + 1) for k in range(11, 0, -1)]
 # Taylor coefficients in t^2; |t| <= pi/4 leaves less than 2^-60 behind the last term
-_SIN = [(-1.0) ** k / math.factorial(2 * k + 1) for k in range(8, 0, -1)]
-_COS = [(-1.0) ** k / math.factorial(2 * k) for k in range(9, 0, -1)]
+SIN = [(-1.0) ** k / math.factorial(2 * k + 1) for k in range(8, 0, -1)]
+COS = [(-1.0) ** k / math.factorial(2 * k) for k in range(9, 0, -1)]
 
 
 def _polynomial(x: Float64Array, coefficients: list[float]) -> Float64Array:
@@ -41,21 +41,21 @@ def log(x: Float64Array) -> Float64Array:
     Error at most 2 units in the last place (tested against 40 digits).
     """
     bits = x.view(np.int64)
-    exponent = bits - _SQRT_HALF_BITS
+    exponent = bits - SQRT_HALF_BITS
     exponent >>= 52
     mantissa = (bits - (exponent << 52)).view(np.float64)  # in [sqrt(1/2), sqrt(2))
     numerator = mantissa - 1.0
     s = numerator / (mantissa + 1.0)
     # log m = 2 atanh(s) = f - s f + 2 s p with f = m - 1, p = atanh(s)/s - 1, since 2 s = f - s f;
     # f is exact, so only the small terms round
-    correction = _polynomial(s * s, _ATANH)
+    correction = _polynomial(s * s, ATANH)
     correction *= 2.0
     correction -= numerator
     correction *= s
     power = exponent.astype(np.float64)
-    correction += power * _LN2_LOW
+    correction += power * LN2_LOW
     numerator += correction
-    power *= _LN2_HIGH
+    power *= LN2_HIGH
     power += numerator
     return power
 
@@ -65,17 +65,17 @@ def log_complement(probability: float) -> float:
     if probability >= 0.25:
         return float(log(np.array([1.0 - probability]))[0])
     s = probability / (2.0 - probability)  # log(1 - p) = -2 atanh(p / (2 - p))
-    tail = _polynomial(np.array([s * s]), _ATANH)
+    tail = _polynomial(np.array([s * s]), ATANH)
     return float((-2.0 * s) * (1.0 + tail)[0])
 
 
 def sin_cos(t: Float64Array) -> tuple[Float64Array, Float64Array]:
     """Sine and cosine for |t| <= pi/4, in radians; error at most 2 units in the last place."""
     square = t * t
-    sine = _polynomial(square, _SIN)
+    sine = _polynomial(square, SIN)
     sine *= t
     sine += t
-    cosine = _polynomial(square, _COS)
+    cosine = _polynomial(square, COS)
     cosine += 1.0
     return sine, cosine
 

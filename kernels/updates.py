@@ -148,6 +148,8 @@ def add_normal(
             `normal_like`'s).
     """
     target = checks.dense(tensor, "tensor")
+    checks.single(from_step, "from_step")
+    checks.single(scale, "scale")
     flat = target.view(-1) if target.is_contiguous() else target.reshape(-1)
     whole = flat.numel() // FLAT_ROW
     parts = [(flat[: whole * FLAT_ROW].view(whole, FLAT_ROW), 0)]

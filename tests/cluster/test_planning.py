@@ -187,7 +187,7 @@ def test_noise_grid_of_a_plan(tmp_path: Path) -> None:
     coarse = run("plan", "-c", path, "--num-records=1000")
     assert_one_line_error(coarse, "noise.grid", "2^-10 is more than an eighth", "give 2^-11")
     to_zero = {**options["train"], "learning_rate": {**rates, "final_fraction": 0.0}}
-    with pytest.raises(ConfigError, match="rate is 0 at the last step.*final_fraction"):
+    with pytest.raises(ConfigError, match=r"rate is 0 at the last step.*final_fraction"):
         make_plan(parse_config(small(tmp_path, None, **{**auto, "train": to_zero})), 1000)
     slow = {**rates, "final_fraction": 0.0, "base": 0.5, "total_steps": 100}
     wrong = {**auto, "train": {**options["train"], "learning_rate": slow}}

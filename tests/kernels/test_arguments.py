@@ -173,3 +173,70 @@ def test_more_than_two_to_the_31_elements() -> None:
         kernels.settle_rows(
             weight, rows + 1, key=KEY, from_steps=0, to_step=1, decay=1.0, scale=1.0
         )
+
+
+def freed(tensor: torch.Tensor) -> torch.Tensor:
+    tensor.untyped_storage().resize_(0)
+    return tensor
+
+
+class Wrapper(torch.Tensor):
+    """A tensor that keeps its numbers elsewhere, as DTensor does."""
+
+    @staticmethod
+    def __new__(cls, shape: tuple[int, ...]) -> Wrapper:
+        made: Wrapper = torch.Tensor._make_wrapper_subclass(cls, shape)  # type: ignore[attr-defined]
+        return made
+
+    @classmethod
+    def __torch_dispatch__(cls, function, types, arguments=(), options=None):  # type: ignore[no-untyped-def]
+        raise AssertionError("not reached")
+
+
+def test_tensors_without_ordinary_memory_are_refused() -> None:
+    from torch._subclasses.fake_tensor import FakeTensorMode
+
+    mode = FakeTensorMode()
+    for weight in (
+        mode.from_tensor(torch.ones(4, 2)),
+        Wrapper((4, 2)),
+        torch.empty(4, 2, device="meta"),
+        torch._efficientzerotensor((4, 2)),
+        freed(torch.ones(4, 2)),
+        torch.ones(4, 2, dtype=torch.complex64).conj().imag,
+        torch.ones(4, 2).to_sparse(),
+    ):
+        with pytest.raises((TypeError, ValueError), match="weight"):
+            settle(weight)
+    for name, value in (
+        ("rows", freed(torch.tensor([2, 0, 1]))),
+        ("rows", mode.from_tensor(torch.tensor([2, 0, 1]))),
+        ("from_steps", freed(torch.zeros(3, dtype=torch.int32))),
+        ("decay", freed(torch.ones(3))),
+        ("scale", torch._efficientzerotensor((3,))),
+    ):
+        weight = torch.ones(4, 2)
+        with pytest.raises((TypeError, ValueError), match=name):
+            settle(weight, **{name: value})
+        assert torch.equal(weight, torch.ones(4, 2))
+
+
+def test_add_normal_writes_nothing_when_it_refuses() -> None:
+    for change in ({"scale": torch.ones(2)}, {"from_step": torch.tensor([0, 0])}, {"scale": -1.0}):
+        tensor = torch.zeros(2053)
+        with pytest.raises((TypeError, ValueError), match=next(iter(change))):
+            kernels.add_normal(
+                tensor, **({"key": KEY, "from_step": 0, "to_step": 1, "scale": 1.0} | change)
+            )
+        assert not tensor.any()
+
+
+def test_subnormal_noise_over_no_step_is_refused_in_any_mode() -> None:
+    weight, scale = torch.ones(4, 2), torch.full((3,), 1e-40)
+    try:
+        if not torch.set_flush_denormal(True):
+            pytest.skip("this processor cannot flush subnormal numbers")
+        with pytest.raises((ValueError, AssertionError)):
+            settle(weight, from_steps=5, scale=scale)
+    finally:
+        torch.set_flush_denormal(False)

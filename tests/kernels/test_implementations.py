@@ -288,3 +288,36 @@ def test_zeros_of_the_grid_have_one_sign(isa: str | None) -> None:
         settled = result(update, isa)[17:377]
         assert (settled == 0).sum() > 100
         assert not (settled == bits(torch.tensor([-0.0]))).any()
+
+
+@pytest.mark.parametrize("isa", ISAS)
+@pytest.mark.parametrize(
+    ("dtype", "other"),
+    [
+        (torch.float32, {}),
+        (torch.float32, {"grid": 2.0**-9}),
+        (torch.float16, {"stochastic": True}),
+    ],
+)
+def test_rows_without_noise_at_the_end(
+    isa: str, dtype: torch.dtype, other: dict[str, object]
+) -> None:
+    """They are decayed once, also where a thread's share of the rows ends with them."""
+    for rows, quiet in ((3, 1), (50, 7), (50, 50), (2000, 300), (2000, 1999)):
+        scale = torch.ones(rows)
+        scale[-quiet:] = 0.0
+        scale[250:256] = 0.0  # the end of a chunk of 256 rows
+        update = make_update(
+            rows + 40, 128, dtype=dtype, listed=False, first_row=0, scale=scale, **other
+        )
+        for threads in (1, 2):
+            assert torch.equal(result(update, isa, threads), result(update, None))
+
+
+@pytest.mark.parametrize("isa", [*ISAS, None])
+def test_halves_of_the_grid_go_to_the_even_side(isa: str | None) -> None:
+    update = make_update(41, 8, listed=False, first_row=0, grid=1.0, scale=torch.zeros(1))
+    update = replace(update, decay=torch.ones(1))
+    update.weight[0] = torch.tensor([0.5, 1.5, 2.5, -0.5, -1.5, -2.5, 3.5, 2.0**24 + 2])
+    settled = result(update, isa)[0].view(torch.float32)
+    assert settled.tolist() == [0.0, 2.0, 2.0, 0.0, -2.0, -2.0, 4.0, 2.0**24]

@@ -99,7 +99,7 @@ class BuildNative(build_ext):
         except (OSError, subprocess.CalledProcessError) as error:
             print(
                 f"The noise kernels were not compiled ({error}). dist-dp will use the NumPy "
-                "reference, about a hundred times slower, and warn when it does. Install a C++ "
+                "reference, about fifty times slower, and warn when it does. Install a C++ "
                 "compiler (g++, or name one with CXX=) and install again.",
                 file=sys.stderr,
             )

@@ -2,7 +2,7 @@
 
 CPU tensors: the compiled kernels with the best instructions the processor has; without them the
 NumPy reference. CUDA tensors: the Triton kernels; without them the reference, by way of the CPU.
-All return the same bits, so the choice bears on speed alone, but by a factor of a hundred: the
+All return the same bits, so the choice bears on speed alone, but by a factor of fifty: the
 reference never runs without a warning that names the remedy.
 """
 
@@ -50,15 +50,15 @@ def slow_reason(device: torch.device | str = "cpu") -> str | None:
         if reason is None:
             return None
         return (
-            f"noise for tables on {where} is made by the NumPy reference, hundreds of times slower "
-            f"than on the GPU: {reason}"
+            f"noise for tables on {where} is made by the NumPy reference on the CPU, which is "
+            f"slow: {reason}"
         )
     chosen_isa()  # an impossible wish is an error already here
     if os.environ.get(VARIABLE) == "reference":
         return f"noise is made by the NumPy reference because {VARIABLE}=reference; unset it"
     if not native.available():
         return (
-            "noise is made by the NumPy reference, about a hundred times slower than the compiled "
+            "noise is made by the NumPy reference, about fifty times slower than the compiled "
             "kernels, which were not built. Install a C++ compiler (Debian: apt install g++), "
             "then reinstall: `make setup` in a checkout, else "
             "`pip install --force-reinstall --no-deps dist-dp`"

@@ -143,14 +143,30 @@ def test_training_reads_are_not_rounded_and_releases_are() -> None:
     private = build(module, sigma=1.0, optimizer=optimizer, grid=GRID)
     for step in (1, 2, 3):
         begin(private, step)
-        loss(module, data(step)).backward()
+        value = loss(module, data(step))
+        # before the gradient, which would take them off the grid anyway
+        read = [s.weight[s.last_step == step - 1] for c in private.optimizer.cuts for s in c.shards]
+        value.backward()
         private.optimizer.step()
-    read = [s.weight[s.last_step == 2] for c in private.optimizer.cuts for s in c.shards]
     assert sum(r.numel() for r in read) and not any(on_grid(r, GRID) for r in read if r.numel())
     private.settle()
     assert all(on_grid(piece, GRID) for piece in pieces(private).values())
     private.settle()  # again, with nothing owed
     assert all(on_grid(piece, GRID) for piece in pieces(private).values())
+
+
+def test_an_evaluation_of_the_model_reads_from_the_grid() -> None:
+    module = Small()
+    optimizer = torch.optim.SGD(module.parameters(), lr=0.5)
+    private = build(module, sigma=1.0, optimizer=optimizer, grid=GRID)
+    begin(private)
+    loss(module, data()).backward()
+    private.optimizer.step()
+    module.eval()
+    loss(module, data(2))  # gradients stay enabled: the mode alone decides
+    read = [s.weight[s.last_step == 1] for c in private.optimizer.cuts for s in c.shards]
+    assert sum(rows.numel() for rows in read) > 0
+    assert all(on_grid(rows, GRID) for rows in read if rows.numel())
 
 
 @pytest.mark.parametrize("mechanism", [LazyDP, DPSGD])

@@ -32,7 +32,7 @@ FLAGS = [
     *("-std=c++17", "-O3", "-fPIC", "-fvisibility=hidden", "-ffp-contract=off"),
     *("-fno-math-errno", "-Wall", "-Wextra"),
 ]
-WITH_FLAGS = {"library.cpp": [], "rows_portable.cpp": []}
+WITH_FLAGS = {"library.cpp": [], "lookups.cpp": [], "rows_portable.cpp": []}
 if platform.machine() in ("x86_64", "AMD64"):
     WITH_FLAGS["rows_avx2.cpp"] = ["-mavx2", "-mfma"]
     WITH_FLAGS["rows_avx512.cpp"] = [

@@ -74,7 +74,7 @@ def save_checkpoint(engine: PrivacyEngine, folder: Path) -> Path:
 
     layouts = _gather_layouts(parts)
     step = parts.mechanism.schedule.step
-    behind = torch.tensor([float(any(bool((s.last_step < step).any()) for s in parts.shards))])
+    behind = torch.tensor([float(any(not parts.mechanism.is_settled(s) for s in parts.shards))])
     settled = not bool(all_reduce_max(behind.to(parts.device)).item())
 
     def publish() -> None:

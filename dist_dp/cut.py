@@ -20,9 +20,10 @@ from dist_dp.errors import ConfigError, DataError, ModelError, ReleaseError
 from dist_dp.replicas import ReplicatedTables, sequence_lookup
 from dist_dp.sharding import TableOptimizer, table_configs
 from dist_dp.table_shard import TableShard
+from dist_dp.timing import PhaseTimer
 
-LookupWatch = Callable[[TableShard, Tensor], None]
-"""Called with a shard and the distinct local rows a lookup is about to read."""
+LookupWatch = Callable[[list[tuple[TableShard, Tensor]]], None]
+"""Called with shards and the local rows, not distinct, that a lookup is about to read there."""
 
 
 @dataclass
@@ -93,6 +94,9 @@ class CutEmbeddings(nn.Module):
         self.linear = optimizer.kind == "sgd"
         self.learning_rate: Callable[[], float] = lambda: 0.0
         self._bound_rate = 1.0
+        # Set by benchmarks, for TorchRec's own step on the same tables; nothing private runs then.
+        self.plain = False
+        self.timer = PhaseTimer()
         self._watches: list[LookupWatch] = []
         self._calls: list[_Call] = []
         self._find_shards(kinds)
@@ -153,16 +157,23 @@ class CutEmbeddings(nn.Module):
                 kernel.forward = sequence_lookup(kernel, shards, feature_counts)
 
         def before(_module: nn.Module, args: tuple[Any, ...]) -> None:
+            if self.plain:
+                return
             features = args[0]
             bounds = features.offset_per_key()
+            values = features.values()
+            reads: list[tuple[TableShard, Tensor]] = []
             start = 0
             for index, (shard, count) in enumerate(zip(shards, feature_counts, strict=True)):
-                rows = shard.unique_rows(features.values()[bounds[start] : bounds[start + count]])
+                rows = values[bounds[start] : bounds[start + count]]
                 start += count
+                if shard.replicated:
+                    rows = shard.rows_of_all_ranks(rows)
                 if replicas is not None and self.training and torch.is_grad_enabled():
                     replicas.note(index, rows)
-                for watch in self._watches:
-                    watch(shard, rows)
+                reads.append((shard, rows))
+            for watch in self._watches:
+                watch(reads)
 
         kernel.register_forward_pre_hook(before)
 
@@ -193,13 +204,21 @@ class CutEmbeddings(nn.Module):
         cutting = self.training and torch.is_grad_enabled()
         # Outside training nothing may flow back: the fused update would take it unclipped.
         with torch.set_grad_enabled(cutting):
-            output = self.sharded(features)
-            output = self._in_order(output.wait() if hasattr(output, "wait") else output)
+            output = self._in_order(self._look_up(features))
         if not cutting:
             return output
         if self.pooled:
             return self._cut_pooled(features, output)
         return self._cut_sequence(features, output)
+
+    def _look_up(self, features: Any) -> Any:
+        """TorchRec's own forward, taken apart so that communication is seen for what it is."""
+        context = self.sharded.create_context()
+        with self.timer.phase("communication"):
+            local = self.sharded.input_dist(context, features).wait().wait()
+        output = self.sharded.compute_and_output_dist(context, local)
+        with self.timer.phase("communication"):
+            return output.wait()
 
     def _in_order(self, output: Any) -> Any:
         """The output with its keys in the order of the unsharded collection.

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import time
 from collections.abc import Callable, Iterator
 from concurrent.futures import Future, ThreadPoolExecutor
 from typing import Any, Protocol
@@ -167,8 +168,14 @@ class PoissonLoader:
         self._stopped = True
 
     def _read(self, step: int) -> tuple[int, int, Any]:
+        start = time.perf_counter()
         indices, padded = self._sampler.local(step, rank(), world_size())
-        return len(indices), padded, self.source.fetch(indices, padded)
+        sampled = time.perf_counter()
+        batch = self.source.fetch(indices, padded)
+        # In a thread of its own, beside the step before: not part of the critical path.
+        self.timer.note("sampling", sampled - start)
+        self.timer.note("fetch", time.perf_counter() - sampled)
+        return len(indices), padded, batch
 
     def __iter__(self) -> Iterator[Any]:
         """Yields the batches of the steps that are left."""

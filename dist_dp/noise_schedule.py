@@ -208,6 +208,16 @@ class NoiseSchedule:
         device = from_steps.device
         return torch.from_numpy(decay).to(device), torch.from_numpy(scale).to(device)
 
+    def one_step(self, step: int) -> tuple[float, float]:
+        """Decay and standard deviation of one step alone, for mechanisms that defer nothing."""
+        decay, scale = self.decay_and_scale(torch.tensor([step - 1]), step)
+        return float(decay), float(scale)
+
+    @property
+    def without_decay(self) -> bool:
+        """Whether no step so far shrank the weights."""
+        return bool(self._data["decay"][self._step] == 1.0)
+
     def gradient_learning_rate(self, step: int) -> float:
         """The rate at which step's gradient is applied: eta_t / (1 - eta_t lambda_t).
 

@@ -108,7 +108,6 @@ class PrivateOptimizer(torch.optim.Optimizer):
         self.cuts = cuts
         self.recorder = recorder
         self.mechanism = mechanism
-        self.schedule: NoiseSchedule = mechanism.schedule
         self.plan = plan
         self.loss_reduction = loss_reduction
         self.timer = timer or PhaseTimer()
@@ -121,6 +120,11 @@ class PrivateOptimizer(torch.optim.Optimizer):
         self._keys = {
             name: kernels.derive_key(secret, "dense", name) for name in recorder.parameters
         }
+
+    @property
+    def schedule(self) -> NoiseSchedule:
+        """The mechanism's record of steps (of the first group of tables)."""
+        return self.mechanism.schedule
 
     def zero_grad(self, set_to_none: bool = True) -> None:
         """Clears gradients; a forward whose backward is still to come stays recorded."""

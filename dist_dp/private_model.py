@@ -15,7 +15,7 @@ from dist_dp.clipping.recorder import DenseRecorder
 from dist_dp.cut import CutEmbeddings
 from dist_dp.distributed import world_size
 from dist_dp.errors import ConfigError, ModelError
-from dist_dp.mechanisms import Mechanism, mechanism_class
+from dist_dp.mechanisms import Mechanism, Read, mechanism_class
 from dist_dp.noise_schedule import NoiseSchedule
 from dist_dp.optimizer import LossReduction, PrivateOptimizer, watch_forwards
 from dist_dp.plan import PrivacyPlan
@@ -34,11 +34,15 @@ class PrivateModel:
     model: nn.Module
     cuts: list[CutEmbeddings]
     recorder: DenseRecorder
-    mechanism: Mechanism
     optimizer: PrivateOptimizer
     plan: PrivacyPlan
     state: StepState
     fixed: dict[str, Tensor] = field(default_factory=dict)
+
+    @property
+    def mechanism(self) -> Mechanism:
+        """The noise mechanism of the tables."""
+        return self.optimizer.mechanism
 
     @property
     def shards(self) -> list[TableShard]:
@@ -53,6 +57,7 @@ class PrivateModel:
     def settle(self) -> None:
         """Brings every row on this rank up to date; nothing may leave before."""
         for shard in self.shards:
+            shard.check_whole()
             self.mechanism.settle(shard)
 
     def check_fixed_unchanged(self) -> None:
@@ -198,15 +203,6 @@ def build_private_model(
     recorder = DenseRecorder(model, skip=tuple(cuts))
     mechanism = mechanism_kind(NoiseSchedule(), grid=plan.noise_grid, rounds=plan.noise_rounds)
 
-    def settle_before_lookup(shard: TableShard, rows: Tensor) -> None:
-        # a cut lookup is the only one that needs gradients
-        with timer.phase("settle"):
-            mechanism.before_lookup(shard, rows, training=torch.is_grad_enabled())
-
-    for cut in cuts:
-        cut.watch_lookups(settle_before_lookup)
-        for shard in cut.shards:
-            shard.noise_key = kernels.derive_key(secret, "tables", shard.table)
     state = StepState()
     optimizer = PrivateOptimizer(
         dense=settings.rebuild(recorder.parameters),
@@ -221,10 +217,22 @@ def build_private_model(
         loss_reduction=loss_reduction,
         timer=timer,
     )
+
+    def settle_before_lookup(reads: list[Read]) -> None:
+        # a cut lookup is the only one that needs gradients
+        with timer.phase("settle"):
+            optimizer.mechanism.before_lookup(reads, training=torch.is_grad_enabled())
+
+    for cut in cuts:
+        cut.timer = timer
+        cut.watch_lookups(settle_before_lookup)
+        for shard in cut.shards:
+            shard.noise_key = kernels.derive_key(secret, "tables", shard.table)
+            mechanism.prepare(shard)
     watch_forwards(model, optimizer)
     if mechanism_kind.private and probe_first_forward:
         _probe_first_forward(model)
-    private = PrivateModel(model, cuts, recorder, mechanism, optimizer, plan, state)
+    private = PrivateModel(model, cuts, recorder, optimizer, plan, state)
     private.fixed = {n: t.detach().cpu().clone() for n, t in _fixed_tensors(model, recorder, cuts)}
     model.train()
     return private

@@ -8,6 +8,7 @@ import torch
 from torch import Tensor
 
 from dist_dp.distributed import all_gather_cat
+from dist_dp.errors import ReleaseError
 
 
 @dataclass
@@ -24,9 +25,10 @@ class TableShard:
         weight: float ``[local rows, local columns]``, a live view of the trained weights.
         replicated: True if every worker holds the same full copy (data_parallel).
         kind: The sharding kind, for reports.
+        group: Number of the optimizer group of tables it belongs to.
         noise_key: 32-byte subkey of this table.
-        last_step: int32 ``[local rows]``, the history table: the step up to which the row's
-            noise and decay have been applied.
+        settling: True while rows are being brought up to date; if an error struck meanwhile it
+            stays so, and the rows must not leave (see :meth:`check_whole`).
     """
 
     table: str
@@ -37,13 +39,47 @@ class TableShard:
     weight: Tensor
     replicated: bool
     kind: str
+    group: int = 0
     noise_key: bytes = b""
-    last_step: Tensor = field(default_factory=lambda: torch.empty(0, dtype=torch.int32))
+    settling: bool = False
+    _history: Tensor | None = field(default=None, repr=False)
 
-    def __post_init__(self) -> None:
-        if self.last_step.numel() == 0:
-            self.last_step = torch.zeros(
+    @property
+    def last_step(self) -> Tensor:
+        """int32 ``[local rows]``, the history table: the step each row is settled to.
+
+        The step up to which the row's noise and decay have been applied; allocated on first use,
+        because only mechanisms that defer noise need its 4 bytes a row.
+        """
+        if self._history is None:
+            self._history = torch.zeros(
                 self.weight.shape[0], dtype=torch.int32, device=self.weight.device
+            )
+        return self._history
+
+    @property
+    def has_history(self) -> bool:
+        """Whether the history table exists."""
+        return self._history is not None
+
+    def state_tensors(self) -> dict[str, Tensor]:
+        """Live tensors that a training checkpoint keeps; dimension 0 is the local rows."""
+        tensors = {"weight": self.weight}
+        if self._history is not None:
+            tensors["last_step"] = self._history
+        return tensors
+
+    def check_whole(self) -> None:
+        """Refuses a shard whose settling was cut short: rows may be marked and lack their noise.
+
+        Raises:
+            ReleaseError: An error (or an interrupt) struck in the middle.
+        """
+        if self.settling:
+            raise ReleaseError(
+                f"settling of table '{self.table}' was cut short by an error, so some of its rows "
+                "may lack noise: nothing can be saved or released from this process. Resume from "
+                "the last checkpoint."
             )
 
     def __repr__(self) -> str:
@@ -54,13 +90,11 @@ class TableShard:
             f"columns {self.column_offset}+{columns} of {self.dim}, {self.kind})"
         )
 
-    def unique_rows(self, rows: Tensor) -> Tensor:
-        """The distinct local rows a lookup is about to read, int64, sorted.
+    def rows_of_all_ranks(self, rows: Tensor) -> Tensor:
+        """The distinct rows that some rank is about to read, int64, sorted.
 
         Replicas must settle the same rows at the same steps or they drift apart, so a replicated
         table takes the union over ranks (a collective: every rank reaches this call).
         """
         distinct: Tensor = torch.unique(rows)
-        if self.replicated:
-            distinct = torch.unique(all_gather_cat(distinct))
-        return distinct.to(torch.int64)
+        return torch.unique(all_gather_cat(distinct)).to(torch.int64)

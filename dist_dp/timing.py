@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import threading
 import time
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -22,6 +23,8 @@ class PhaseTimer:
         self._cuda = device is not None and device.type == "cuda"
         self._seconds: dict[str, float] = {}
         self._inner: list[float] = []
+        self._background: dict[str, float] = {}
+        self._lock = threading.Lock()
 
     @contextmanager
     def phase(self, name: str) -> Iterator[None]:
@@ -41,6 +44,17 @@ class PhaseTimer:
         if self._cuda:
             torch.cuda.synchronize()
         return time.perf_counter()
+
+    def note(self, name: str, seconds: float) -> None:
+        """Adds to what other threads did beside the step; from any thread."""
+        with self._lock:
+            self._background[name] = self._background.get(name, 0.0) + seconds
+
+    def take_background(self) -> dict[str, float]:
+        """Milliseconds by name that ran beside the steps since the last call; starts afresh."""
+        with self._lock:
+            taken, self._background = self._background, {}
+        return {name: 1e3 * s for name, s in taken.items()}
 
     @contextmanager
     def paused(self) -> Iterator[None]:

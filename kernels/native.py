@@ -9,6 +9,7 @@ from __future__ import annotations
 import ctypes
 import functools
 import os
+from collections.abc import Sequence
 from pathlib import Path
 
 import numpy as np
@@ -25,7 +26,7 @@ FILE = Path(os.environ.get(VARIABLE) or Path(__file__).with_name("_native.so"))
 ISAS = ("portable", "avx2", "avx512")
 """The paths in the order of the library's numbers; a processor has all up to its best one."""
 
-_INTERFACE = 1
+_INTERFACE = 2
 
 _KINDS = {
     torch.float32: 0, torch.bfloat16: 1, torch.float16: 2, torch.float64: 3,
@@ -51,7 +52,7 @@ class _Job(ctypes.Structure):
           ("first_row", "count", "to_step", "row_offset", "column_offset")),
         ("grid", ctypes.c_double),
         ("key", ctypes.c_char_p),
-        *((name, ctypes.c_int32) for name in ("weight_kind", "stochastic", "rounds", "threads")),
+        *((name, ctypes.c_int32) for name in ("weight_kind", "stochastic", "rounds")),
     ]  # fmt: skip
 
 
@@ -73,8 +74,15 @@ def library(path: Path = FILE) -> ctypes.CDLL | None:
         raise ImportError(f"the compiled kernels in {path} belong to another version; {remedy}")
     job = ctypes.POINTER(_Job)
     loaded.dist_dp_check.argtypes = [job, ctypes.POINTER(ctypes.c_int64)]
-    loaded.dist_dp_settle.argtypes = [job, ctypes.c_int32]
+    loaded.dist_dp_settle.argtypes = [job, ctypes.c_int64, ctypes.c_int32, ctypes.c_int32]
     loaded.dist_dp_settle.restype = None
+    pointer, long, short = ctypes.c_void_p, ctypes.c_int64, ctypes.c_int32
+    loaded.dist_dp_take_stale.argtypes = [
+        pointer, short, long, long, pointer, short, pointer, pointer,
+    ]  # fmt: skip
+    loaded.dist_dp_take_stale.restype = long
+    loaded.dist_dp_bag_repeats.argtypes = [pointer, short, long, pointer, long, pointer, pointer]
+    loaded.dist_dp_bag_repeats.restype = long
     loaded.dist_dp_blocks.argtypes = [
         ctypes.c_char_p, ctypes.c_void_p, ctypes.c_int64, ctypes.c_int32, ctypes.c_void_p,
         ctypes.c_int32,
@@ -100,19 +108,27 @@ def is_valid(update: Update) -> bool:
     no noise over an empty interval.
     """
     return bool(
-        _loaded().dist_dp_check(ctypes.byref(_job(update, 1)), ctypes.byref(ctypes.c_int64())) == 0
+        _loaded().dist_dp_check(ctypes.byref(_job(update)), ctypes.byref(ctypes.c_int64())) == 0
     )
 
 
 def settle(update: Update, *, isa: str | None = None, threads: int | None = None) -> None:
-    """Carry out a checked update in place.
+    """Carry out a checked update in place; see `settle_all`."""
+    settle_all([update], isa=isa, threads=threads)
+
+
+def settle_all(
+    updates: Sequence[Update], *, isa: str | None = None, threads: int | None = None
+) -> None:
+    """Carry out checked updates in place, with one set of threads for all.
 
     Args:
-        update: what to do; its tensors are on the CPU.
+        updates: what to do, on different rows; the tensors are on the CPU.
         isa: one of `isas()`; by default the best. The result does not depend on it.
         threads: at most so many; by default torch's number. Nor on this.
     """
-    _loaded().dist_dp_settle(ctypes.byref(_job(update, _threads(threads))), _number(isa))
+    jobs = (_Job * len(updates))(*(_job(update) for update in updates))
+    _loaded().dist_dp_settle(jobs, len(updates), _threads(threads), _number(isa))
 
 
 def normals(
@@ -151,10 +167,47 @@ def fill(
         row_stride=output.stride(0), column_stride=output.stride(1),
         rows=_column(rows), from_steps=_column(from_steps), count=output.shape[0],
         to_step=to_step, column_offset=column_offset, key=key, rounds=rounds,
-        threads=_threads(threads),
     )  # fmt: skip
     if output.numel():
-        _loaded().dist_dp_settle(ctypes.byref(job), _number(isa))
+        _loaded().dist_dp_settle(ctypes.byref(job), 1, _threads(threads), _number(isa))
+
+
+def take_stale(
+    history: torch.Tensor, ids: torch.Tensor, to_step: int
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """See `dist_dp.kernels.take_stale`; contiguous tensors.
+
+    Raises:
+        IndexError: an id is no row.
+    """
+    rows = torch.empty(ids.numel(), dtype=torch.int64)
+    from_steps = torch.empty(ids.numel(), dtype=torch.int32)
+    count = _loaded().dist_dp_take_stale(
+        ids.data_ptr(), _KINDS[ids.dtype], ids.numel(), history.numel(), history.data_ptr(),
+        to_step, rows.data_ptr(), from_steps.data_ptr(),
+    )  # fmt: skip
+    if count < 0:
+        row = int(ids[-1 - count])
+        raise IndexError(f"ids: row {row} is outside [0, {history.numel()})")
+    return rows[:count], from_steps[:count]
+
+
+def bag_repeats(
+    ids: torch.Tensor, lengths: torch.Tensor, weights: torch.Tensor | None
+) -> torch.Tensor:
+    """See `dist_dp.kernels.bag_repeats`; contiguous tensors, weights float32.
+
+    Raises:
+        ValueError: the lengths do not add up to the ids.
+    """
+    squares = torch.empty(lengths.numel())
+    wrong = _loaded().dist_dp_bag_repeats(
+        ids.data_ptr(), _KINDS[ids.dtype], ids.numel(), lengths.data_ptr(), lengths.numel(),
+        None if weights is None else weights.data_ptr(), squares.data_ptr(),
+    )  # fmt: skip
+    if wrong:
+        raise ValueError(f"lengths: they do not fit the {ids.numel()} ids")
+    return squares
 
 
 def blocks(
@@ -194,7 +247,7 @@ def _column(value: torch.Tensor) -> _Column:
     return _Column(value.data_ptr(), stride, _KINDS[value.dtype])
 
 
-def _job(update: Update, threads: int) -> _Job:
+def _job(update: Update) -> _Job:
     weight = update.weight
     return _Job(
         weight=weight.data_ptr(), num_rows=weight.shape[0], num_columns=weight.shape[1],
@@ -205,5 +258,5 @@ def _job(update: Update, threads: int) -> _Job:
         to_step=update.to_step, row_offset=update.row_offset,
         column_offset=update.column_offset, grid=update.grid, key=update.key,
         weight_kind=_KINDS[weight.dtype], stochastic=int(update.stochastic),
-        rounds=update.rounds, threads=threads,
+        rounds=update.rounds,
     )  # fmt: skip

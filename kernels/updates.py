@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+
 import torch
 from torch.autograd.graph import increment_version
 
@@ -63,10 +66,59 @@ def settle_rows(
     if rows.device != shard.device:
         raise ValueError(f"rows: is on {rows.device}, the weight is on {shard.device}")
     local = checks.integers(rows, "rows")
-    _update(
-        weight, shard, local, 0, local.numel(), key, row_offset, column_offset, from_steps,
-        to_step, decay, scale, rounds, rounding, grid,
-    )  # fmt: skip
+    _carry_out([
+        _prepare(
+            shard, local, 0, local.numel(), key, row_offset, column_offset, from_steps, to_step,
+            decay, scale, rounds, rounding, grid,
+        )
+    ])  # fmt: skip
+    increment_version(weight)
+
+
+@dataclass(frozen=True, kw_only=True, eq=False)
+class RowUpdate:
+    """The arguments of one `settle_rows`, for `settle_tables`."""
+
+    weight: torch.Tensor
+    rows: torch.Tensor
+    key: bytes = field(repr=False)
+    row_offset: int = 0
+    column_offset: int = 0
+    from_steps: torch.Tensor | int
+    to_step: int
+    decay: torch.Tensor | float
+    scale: torch.Tensor | float
+    rounds: int = 20
+    rounding: str = "stochastic"
+    grid: float | None = None
+
+
+@outside_graphs
+@torch.no_grad()
+def settle_tables(updates: Sequence[RowUpdate]) -> None:
+    """`settle_rows` for several tables at once: the same numbers, one set of threads for all.
+
+    Args:
+        updates: of different tables (or shards) on one device. All are checked before the first
+            write, so a refused call leaves every weight as it was.
+    """
+    prepared = []
+    for update in updates:
+        shard = checks.table(update.weight)
+        for name, value in (("rows", update.rows), ("weights", updates[0].weight)):
+            if value.device != shard.device:
+                raise ValueError(f"{name}: on {value.device}, a weight is on {shard.device}")
+        local = checks.integers(update.rows, "rows")
+        prepared.append(
+            _prepare(
+                shard, local, 0, local.numel(), update.key, update.row_offset,
+                update.column_offset, update.from_steps, update.to_step, update.decay,
+                update.scale, update.rounds, update.rounding, update.grid,
+            )
+        )  # fmt: skip
+    _carry_out(prepared)
+    for update in updates:
+        increment_version(update.weight)
 
 
 @outside_graphs
@@ -117,10 +169,14 @@ def settle_range(
             return value[first:last]
         return value
 
-    _update(
-        weight, shard, None, first, last - first, key, row_offset, column_offset,
-        of_range(from_steps), to_step, of_range(decay), of_range(scale), rounds, rounding, grid,
-    )  # fmt: skip
+    _carry_out([
+        _prepare(
+            shard, None, first, last - first, key, row_offset, column_offset,
+            of_range(from_steps), to_step, of_range(decay), of_range(scale), rounds, rounding,
+            grid,
+        )
+    ])  # fmt: skip
+    increment_version(weight)
 
 
 @outside_graphs
@@ -155,17 +211,19 @@ def add_normal(
     parts = [(flat[: whole * FLAT_ROW].view(whole, FLAT_ROW), 0)]
     if flat.numel() > whole * FLAT_ROW:
         parts.append((flat[whole * FLAT_ROW :].view(1, -1), whole))
-    for part, first_row in parts:
-        _update(
-            part, part, None, 0, part.shape[0], key, first_row, 0, from_step, to_step, 1.0, scale,
+    _carry_out([
+        _prepare(
+            part, None, 0, part.shape[0], key, first_row, 0, from_step, to_step, 1.0, scale,
             rounds, "nearest", grid,
-        )  # fmt: skip
+        )
+        for part, first_row in parts
+    ])  # fmt: skip
     if not target.is_contiguous():
         target.copy_(flat.view(target.shape))
+    increment_version(tensor)
 
 
-def _update(
-    weight: torch.Tensor,
+def _prepare(
     shard: torch.Tensor,
     rows: torch.Tensor | None,
     first_row: int,
@@ -180,12 +238,12 @@ def _update(
     rounds: int,
     rounding: str,
     grid: float | None,
-) -> None:
-    """Check everything, then write."""
+) -> Update:
+    """An update with every argument checked but the values in its columns."""
     device = shard.device
     end = checks.integer(to_step, "to_step", 0, checks.MAX_STEP)
     steps = checks.steps(from_steps, count, end)  # type: ignore[arg-type]
-    update = Update(
+    return Update(
         weight=shard,
         rows=rows,
         first_row=first_row,
@@ -201,20 +259,25 @@ def _update(
         stochastic=checks.rounding(rounding) and shard.dtype != torch.float32,
         grid=checks.spacing(grid, shard.dtype),
     )
-    if not count:
+
+
+def _carry_out(updates: list[Update]) -> None:
+    """Check the values of all updates, then write; on one device."""
+    updates = [u for u in updates if u.count]
+    if not updates:
         return
+    device = updates[0].weight.device
     isa = dispatch.chosen_isa() if device.type == "cpu" else None
-    if isa is None or not native.is_valid(update):
-        checks.values(update)
-        if isa is not None:
-            raise AssertionError(f"the compiled checks refuse what the others accept: {update}")
+    for update in updates:
+        if isa is None or not native.is_valid(update):
+            checks.values(update)
+            if isa is not None:
+                raise AssertionError(f"the compiled checks refuse what the others accept: {update}")
     if isa is not None:
-        native.settle(update, isa=isa)
-    else:
-        gpu = dispatch.gpu_or_none(device)
-        if gpu is not None:
-            gpu.settle(update)
-        else:
-            dispatch.warn_if_slow(device, stacklevel=3)
-            reference.settle(update)
-    increment_version(weight)
+        native.settle_all(updates, isa=isa)
+        return
+    gpu = dispatch.gpu_or_none(device)
+    if gpu is None:
+        dispatch.warn_if_slow(device, stacklevel=3)
+    for update in updates:
+        (gpu or reference).settle(update)

@@ -9,7 +9,7 @@
 from __future__ import annotations
 
 from dist_dp.errors import ConfigError
-from dist_dp.mechanisms.base import Mechanism
+from dist_dp.mechanisms.base import Mechanism, Read
 from dist_dp.mechanisms.dpsgd import DPSGD
 from dist_dp.mechanisms.lazydp import LazyDP
 from dist_dp.mechanisms.none import NoMechanism
@@ -28,4 +28,4 @@ def mechanism_class(name: str) -> type[Mechanism]:
     return MECHANISMS[name]
 
 
-__all__ = ["DPSGD", "MECHANISMS", "LazyDP", "Mechanism", "NoMechanism", "mechanism_class"]
+__all__ = ["DPSGD", "MECHANISMS", "LazyDP", "Mechanism", "NoMechanism", "Read", "mechanism_class"]

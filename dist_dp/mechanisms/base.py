@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 from typing import ClassVar
 
 from torch import Tensor
@@ -11,6 +11,9 @@ from torch import Tensor
 from dist_dp.errors import ConfigError
 from dist_dp.noise_schedule import NoiseSchedule
 from dist_dp.table_shard import TableShard
+
+Read = tuple[TableShard, Tensor]
+"""A shard, and the local rows a lookup reads there: int32 or int64, any order, repeats allowed."""
 
 
 class Mechanism(ABC):
@@ -22,7 +25,8 @@ class Mechanism(ABC):
     released.
 
     Args:
-        schedule: The record of what each step's noise and decay are; shared by all shards.
+        schedules: The record of what each step's noise and decay are, one for each optimizer group
+            of tables; they advance together.
         grid: Spacing of the grid that settled rows are put on; see :mod:`dist_dp.noise_grid`.
         rounds: ChaCha rounds of the noise.
 
@@ -37,9 +41,14 @@ class Mechanism(ABC):
     table_optimizers: ClassVar[frozenset[str]]
 
     def __init__(
-        self, schedule: NoiseSchedule, *, grid: float | None = None, rounds: int = 20
+        self,
+        schedules: NoiseSchedule | Sequence[NoiseSchedule],
+        *,
+        grid: float | None = None,
+        rounds: int = 20,
     ) -> None:
-        self.schedule = schedule
+        one = isinstance(schedules, NoiseSchedule)
+        self.schedules: list[NoiseSchedule] = [schedules] if one else list(schedules)  # type: ignore[list-item,arg-type]
         self.grid = grid
         self.rounds = rounds
 
@@ -58,13 +67,22 @@ class Mechanism(ABC):
                 "use any optimizer), or mechanism 'none' without privacy."
             )
 
+    @property
+    def schedule(self) -> NoiseSchedule:
+        """The first group's schedule; its ``step`` is every group's."""
+        return self.schedules[0]
+
+    def schedule_of(self, shard: TableShard) -> NoiseSchedule:
+        """The schedule of the shard's optimizer group."""
+        return self.schedules[shard.group]
+
     @abstractmethod
-    def before_lookup(self, shard: TableShard, rows: Tensor, *, training: bool = True) -> None:
+    def before_lookup(self, reads: Sequence[Read], *, training: bool = True) -> None:
         """Brings rows up to date before they are read.
 
         Args:
-            shard: The shard.
-            rows: int64, distinct local rows.
+            reads: Shards and the local rows a lookup is about to read there, as the lookup has
+                them: not distinct, in any order. All are in range.
             training: Whether training records chose the rows.
         """
 
@@ -73,5 +91,18 @@ class Mechanism(ABC):
         """Called when the gradient of step ``schedule.step`` is in the tables."""
 
     @abstractmethod
-    def settle(self, shard: TableShard) -> None:
-        """Brings every row of a shard up to ``schedule.step``; nothing is released before."""
+    def settle(self, shard: TableShard, first_row: int = 0, last_row: int | None = None) -> None:
+        """Brings a range of a shard's rows up to ``schedule.step``; nothing is released before.
+
+        Args:
+            shard: The shard.
+            first_row: First local row.
+            last_row: One past the last local row; by default the shard's end.
+        """
+
+    def prepare(self, shard: TableShard) -> None:  # noqa: B027 (most mechanisms keep nothing)
+        """Allocates what the mechanism keeps beside a shard's weights."""
+
+    def is_settled(self, shard: TableShard) -> bool:
+        """Whether no row of a shard owes noise."""
+        return True

@@ -2,12 +2,10 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable
-
-from torch import Tensor
+from collections.abc import Iterable, Sequence
 
 from dist_dp import kernels
-from dist_dp.mechanisms.base import Mechanism
+from dist_dp.mechanisms.base import Mechanism, Read
 from dist_dp.table_shard import TableShard
 
 
@@ -29,35 +27,45 @@ class DPSGD(Mechanism):
     private = True
     table_optimizers = frozenset({"sgd"})
 
-    def before_lookup(self, shard: TableShard, rows: Tensor, *, training: bool = True) -> None:
+    def before_lookup(self, reads: Sequence[Read], *, training: bool = True) -> None:
         """Nothing waits."""
 
     def after_update(self, shards: Iterable[TableShard]) -> None:
-        """Adds the step's decay and noise to all rows."""
+        """Adds the step's decay and noise to all rows; no history is needed for that."""
+        step = self.schedule.step
         for shard in shards:
-            settle_all(self, shard)
+            decay, scale = self.schedule_of(shard).one_step(step)
+            shard.settling = True
+            kernels.settle_range(
+                shard.weight,
+                key=shard.noise_key,
+                row_offset=shard.row_offset,
+                column_offset=shard.column_offset,
+                from_steps=step - 1,
+                to_step=step,
+                decay=decay,
+                scale=scale,
+                rounds=self.rounds,
+                grid=self.grid,
+            )
+            shard.settling = False
 
-    def settle(self, shard: TableShard) -> None:
-        """Nothing waits, but rows loaded from elsewhere are checked to be up to date."""
-        settle_all(self, shard)
-
-
-def settle_all(mechanism: Mechanism, shard: TableShard) -> None:
-    """Settles every row of a shard up to the schedule's step, and puts it on the grid."""
-    schedule = mechanism.schedule
-    if mechanism.grid is None and bool((shard.last_step == schedule.step).all()):
-        return
-    decay, scale = schedule.decay_and_scale(shard.last_step, schedule.step)
-    kernels.settle_range(
-        shard.weight,
-        key=shard.noise_key,
-        row_offset=shard.row_offset,
-        column_offset=shard.column_offset,
-        from_steps=shard.last_step,
-        to_step=schedule.step,
-        decay=decay,
-        scale=scale,
-        rounds=mechanism.rounds,
-        grid=mechanism.grid,
-    )
-    shard.last_step.fill_(schedule.step)
+    def settle(self, shard: TableShard, first_row: int = 0, last_row: int | None = None) -> None:
+        """Nothing waits, but a table that no step has rounded yet is put on the grid."""
+        if self.grid is None:
+            return
+        step = self.schedule.step
+        kernels.settle_range(
+            shard.weight,
+            key=shard.noise_key,
+            row_offset=shard.row_offset,
+            column_offset=shard.column_offset,
+            from_steps=step,
+            to_step=step,
+            decay=1.0,
+            scale=0.0,
+            first_row=first_row,
+            last_row=last_row,
+            rounds=self.rounds,
+            grid=self.grid,
+        )

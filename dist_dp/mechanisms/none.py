@@ -2,12 +2,12 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 
 import torch
 from torch import Tensor
 
-from dist_dp.mechanisms.base import Mechanism
+from dist_dp.mechanisms.base import Mechanism, Read
 from dist_dp.table_shard import TableShard
 
 
@@ -18,20 +18,27 @@ class NoMechanism(Mechanism):
     private = False
     table_optimizers = frozenset({"sgd", "adagrad", "rowwise_adagrad"})
 
-    def before_lookup(self, shard: TableShard, rows: Tensor, *, training: bool = True) -> None:
+    def before_lookup(self, reads: Sequence[Read], *, training: bool = True) -> None:
         """Applies the decay that waits."""
-        since_start, _ = self.schedule.decay_and_scale(
-            torch.zeros(1, dtype=torch.int32), self.schedule.step
-        )
-        if float(since_start) == 1.0:
-            return
-        decay, _ = self.schedule.decay_and_scale(shard.last_step[rows], self.schedule.step)
-        shard.weight[rows] *= decay.to(shard.weight.dtype).unsqueeze(1)
-        shard.last_step[rows] = self.schedule.step
+        for shard, rows in reads:
+            if self._decays(shard):
+                self._apply(shard, torch.unique(rows).to(torch.int64))
 
     def after_update(self, shards: Iterable[TableShard]) -> None:
         """Nothing to do."""
 
-    def settle(self, shard: TableShard) -> None:
-        """Applies the decay that waits, to every row."""
-        self.before_lookup(shard, torch.arange(shard.weight.shape[0], device=shard.weight.device))
+    def settle(self, shard: TableShard, first_row: int = 0, last_row: int | None = None) -> None:
+        """Applies the decay that waits, to every row of the range."""
+        if self._decays(shard):
+            last = shard.weight.shape[0] if last_row is None else last_row
+            self._apply(shard, torch.arange(first_row, last, device=shard.weight.device))
+
+    def _decays(self, shard: TableShard) -> bool:
+        """Whether any step so far had weight decay: without, no history is kept."""
+        return not self.schedule_of(shard).without_decay
+
+    def _apply(self, shard: TableShard, rows: Tensor) -> None:
+        schedule = self.schedule_of(shard)
+        decay, _ = schedule.decay_and_scale(shard.last_step[rows], schedule.step)
+        shard.weight[rows] *= decay.to(shard.weight.dtype).unsqueeze(1)
+        shard.last_step[rows] = schedule.step

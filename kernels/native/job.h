@@ -42,7 +42,6 @@ struct Job {
   int32_t weight_kind;
   int32_t stochastic;      // half precision: round by random bits
   int32_t rounds;
-  int32_t threads;
 };
 
 // One piece of work of one thread: the rows [first, last) of the job's list.

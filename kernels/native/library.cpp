@@ -19,7 +19,7 @@
 
 namespace {
 
-constexpr int32_t kInterface = 1;  // raised when Job changes
+constexpr int32_t kInterface = 2;  // raised when Job changes
 constexpr int64_t kChunk = 1 << 15;  // numbers made by a thread before it asks for more
 
 const Implementation *implementation(int32_t isa) {
@@ -44,6 +44,12 @@ class PlainArithmetic {
 
  private:
   std::fenv_t before_;
+};
+
+struct Piece {
+  const Job *job;
+  int64_t first;
+  int64_t last;
 };
 
 // The rows already seen: a bit for each row of the shard, or a hash table if those are too many.
@@ -163,21 +169,26 @@ EXPORT int32_t dist_dp_check(const Job *job, int64_t *where) {
   return kFine;
 }
 
-// Does a checked job; the caller holds the memory until it returns.
-EXPORT void dist_dp_settle(const Job *job, int32_t isa) {
-  if (job->num_columns <= 0) return;
+// Does checked jobs, one set of threads for all; the caller holds the memory until it returns.
+EXPORT void dist_dp_settle(const Job *jobs, int64_t num_jobs, int32_t threads, int32_t isa) {
   const Worker work = implementation(isa)->settle;
-  const int64_t rows = job->num_columns < kChunk ? kChunk / job->num_columns : 1;
-  const int64_t chunks = (job->count + rows - 1) / rows;
-  std::atomic<int64_t> next{0};
+  std::vector<Piece> pieces;
+  for (const Job *job = jobs; job != jobs + num_jobs; ++job) {
+    if (job->num_columns <= 0) continue;
+    const int64_t rows = job->num_columns < kChunk ? kChunk / job->num_columns : 1;
+    for (int64_t first = 0; first < job->count; first += rows) {
+      pieces.push_back({job, first, first + rows < job->count ? first + rows : job->count});
+    }
+  }
+  std::atomic<size_t> next{0};
   const auto loop = [&] {
     const PlainArithmetic plain;
-    for (int64_t chunk; (chunk = next.fetch_add(1)) < chunks;) {
-      const int64_t first = chunk * rows;
-      work(*job, first, first + rows < job->count ? first + rows : job->count);
+    for (size_t i; (i = next.fetch_add(1)) < pieces.size();) {
+      work(*pieces[i].job, pieces[i].first, pieces[i].last);
     }
   };
-  const int64_t wanted = job->threads < chunks ? job->threads : chunks;
+  const int64_t most = static_cast<int64_t>(pieces.size());
+  const int64_t wanted = threads < most ? threads : most;
   std::vector<std::thread> helpers;
   helpers.reserve(wanted > 1 ? static_cast<size_t>(wanted - 1) : 0);
   for (int64_t i = 1; i < wanted; ++i) {

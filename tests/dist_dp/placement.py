@@ -96,7 +96,8 @@ def private_run(
             # Without no_grad, as users forget: nothing may flow back.
             seen = whole(*data.select([1, 5, 7, 20]).inputs).detach()
             whole.train()
-    unsettled = sum(int((s.last_step < STEPS).sum()) for s in private.shards)
+    kept = [s.last_step for s in private.shards if s.has_history]
+    unsettled = sum(int((last_step < STEPS).sum()) for last_step in kept)
     private.settle()
     return {
         "pieces": pieces(private),

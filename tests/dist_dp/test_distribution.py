@@ -13,7 +13,7 @@ against a sample of eager runs. The level is 1e-3 for all tests of one sample to
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 
 import numpy as np
 import pytest
@@ -23,7 +23,7 @@ from scipy import stats
 from torch import Tensor
 
 from dist_dp import kernels
-from dist_dp.mechanisms import DPSGD, LazyDP, Mechanism
+from dist_dp.mechanisms import DPSGD, LazyDP, Mechanism, Read
 from dist_dp.noise_schedule import NoiseSchedule
 from dist_dp.table_shard import TableShard
 
@@ -56,7 +56,7 @@ def one_run(make: Make, key: bytes) -> Tensor:
 
     def look_up(row: int) -> Tensor:
         rows = torch.tensor([row])
-        mechanism.before_lookup(shard, rows)
+        mechanism.before_lookup([(shard, rows)])
         value = shard.weight[row].clone()
         getattr(mechanism, "after_lookup", lambda *_: None)(shard, rows)
         return value
@@ -188,7 +188,7 @@ def test_rows_are_uncorrelated_and_times_are_not() -> None:
 class NoFlush(LazyDP):
     """Releases rows as they lie."""
 
-    def settle(self, shard: TableShard) -> None:
+    def settle(self, shard: TableShard, first_row: int = 0, last_row: int | None = None) -> None:
         pass
 
 
@@ -198,7 +198,8 @@ class _Scaled(LazyDP):
     def scale(self, from_steps: Tensor, step: int) -> Tensor:
         raise NotImplementedError
 
-    def before_lookup(self, shard: TableShard, rows: Tensor) -> None:
+    def before_lookup(self, reads: Sequence[Read], *, training: bool = True) -> None:
+        ((shard, rows),) = reads
         step = self.schedule.step
         stale = rows[shard.last_step[rows] < step]
         if not stale.numel():
@@ -216,8 +217,8 @@ class _Scaled(LazyDP):
         )
         shard.last_step[stale] = step
 
-    def settle(self, shard: TableShard) -> None:
-        self.before_lookup(shard, torch.arange(shard.weight.shape[0]))
+    def settle(self, shard: TableShard, first_row: int = 0, last_row: int | None = None) -> None:
+        self.before_lookup([(shard, torch.arange(shard.weight.shape[0]))])
 
 
 class CurrentRate(_Scaled):
@@ -239,11 +240,11 @@ class SquaredVariance(_Scaled):
 class SettledAfterReading(LazyDP):
     """The noise comes when the row has been read."""
 
-    def before_lookup(self, shard: TableShard, rows: Tensor) -> None:
+    def before_lookup(self, reads: Sequence[Read], *, training: bool = True) -> None:
         pass
 
     def after_lookup(self, shard: TableShard, rows: Tensor) -> None:
-        super().before_lookup(shard, rows)
+        super().before_lookup([(shard, rows)])
 
 
 class _Drawn(LazyDP):
@@ -252,15 +253,16 @@ class _Drawn(LazyDP):
     def normals(self, shard: TableShard, rows: Tensor) -> Tensor:
         raise NotImplementedError
 
-    def before_lookup(self, shard: TableShard, rows: Tensor) -> None:
+    def before_lookup(self, reads: Sequence[Read], *, training: bool = True) -> None:
+        ((shard, rows),) = reads
         step = self.schedule.step
         decay, scale = self.schedule.decay_and_scale(shard.last_step[rows], step)
         noise = scale.unsqueeze(1) * self.normals(shard, rows)
         shard.weight[rows] = (decay.unsqueeze(1) * shard.weight[rows] + noise).float()
         shard.last_step[rows] = step
 
-    def settle(self, shard: TableShard) -> None:
-        self.before_lookup(shard, torch.arange(3))
+    def settle(self, shard: TableShard, first_row: int = 0, last_row: int | None = None) -> None:
+        self.before_lookup([(shard, torch.arange(3))])
 
 
 class SharedNoise(_Drawn):

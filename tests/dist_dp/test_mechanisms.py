@@ -137,11 +137,11 @@ def test_history_of_lazy_rows() -> None:
     assert table.last_step.dtype == torch.int32
     assert table.last_step.tolist() == [0, 0, 0, 0] and bool((table.weight == 1).all())
     advance(mechanism, table)
-    mechanism.before_lookup(table, torch.tensor([1, 3]))
+    mechanism.before_lookup([(table, torch.tensor([1, 3]))])
     assert table.last_step.tolist() == [0, 2, 0, 2]
     moved = table.weight.clone()
     assert bool((moved[[1, 3]] != 1).all()) and bool((moved[[0, 2]] == 1).all())
-    mechanism.before_lookup(table, torch.tensor([1, 3]))  # once a step is enough
+    mechanism.before_lookup([(table, torch.tensor([1, 3]))])  # once a step is enough
     assert torch.equal(table.weight, moved)
     mechanism.settle(table)
     assert table.last_step.tolist() == [2] * 4
@@ -149,8 +149,8 @@ def test_history_of_lazy_rows() -> None:
     assert bool((table.weight[[0, 2]] != 1).all())
     settled = table.weight.clone()
     mechanism.settle(table)
-    mechanism.before_lookup(table, torch.arange(4))
-    mechanism.before_lookup(table, torch.empty(0, dtype=torch.int64))
+    mechanism.before_lookup([(table, torch.arange(4))])
+    mechanism.before_lookup([(table, torch.empty(0, dtype=torch.int64))])
     assert torch.equal(table.weight, settled)
 
 
@@ -159,11 +159,12 @@ def test_history_of_eager_rows() -> None:
     for step in (1, 2):
         before = table.weight.clone()
         advance(mechanism, table)
-        assert table.last_step.tolist() == [step] * 4 and bool((table.weight != before).all())
+        assert mechanism.schedule.step == step and bool((table.weight != before).all())
+    assert not table.has_history  # nothing waits, so nothing is remembered
     before = table.weight.clone()
-    mechanism.before_lookup(table, torch.arange(4))
+    mechanism.before_lookup([(table, torch.arange(4))])
     mechanism.settle(table)
-    assert torch.equal(table.weight, before)
+    assert torch.equal(table.weight, before) and mechanism.is_settled(table)
 
 
 def test_decay_without_noise() -> None:
@@ -173,7 +174,7 @@ def test_decay_without_noise() -> None:
     assert bool((table.weight == 1).all())
     for _ in range(2):
         advance(mechanism, table, sigma=0.0, decay=0.5)
-    mechanism.before_lookup(table, torch.tensor([2]))
+    mechanism.before_lookup([(table, torch.tensor([2]))])
     torch.testing.assert_close(table.weight[2], torch.full((2,), 0.95**2))
     mechanism.settle(table)
     torch.testing.assert_close(table.weight, torch.full((4, 2), 0.95**2))

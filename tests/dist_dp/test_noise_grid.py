@@ -65,7 +65,7 @@ def released(unnoised: float, grid: float | None, family: str) -> Tensor:
     key = kernels.derive_key(bytes(32), "low-order bits", family)
     weight = torch.zeros(2000, 64)
     shard = TableShard("t", 2000, 64, 0, 0, weight, False, "table_wise", noise_key=key)
-    mechanism.before_lookup(shard, torch.arange(2000))
+    mechanism.before_lookup([(shard, torch.arange(2000))])
     schedule.advance(1.0, 1.0, 1.0, 1.0)
     weight += unnoised
     mechanism.settle(shard)
@@ -178,7 +178,7 @@ def test_lookups_outside_training_are_on_the_grid(mechanism: Any) -> None:
     )
     schedule.advance(1.0, 1.0, 1.0, 1.0)
     made.after_update([shard])
-    made.before_lookup(shard, torch.arange(20), training=False)
+    made.before_lookup([(shard, torch.arange(20))], training=False)
     assert on_grid(shard.weight[:20], GRID)
     assert on_grid(shard.weight[20:], GRID) == (mechanism is DPSGD)
 
@@ -199,7 +199,7 @@ def test_a_record_without_gradient_leaves_no_mark_at_the_ends_of_the_grid() -> N
         for _ in range(3):
             schedule.advance(0.01, 1.0, 1.0, 1.0)
         if read:
-            mechanism.before_lookup(shard, torch.arange(400))
+            mechanism.before_lookup([(shard, torch.arange(400))])
         schedule.advance(0.01, 1.0, 1.0, 1.0)
         mechanism.settle(shard)
         counts.append(int((shard.weight < 1.0).sum()))

@@ -15,9 +15,10 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from dist_dp.clipping.table_norms import TableUse, squared_norms
+from dist_dp.clipping.table_norms import TableUse, squared_norms, squared_norms_of_bags
 from dist_dp.errors import ConfigError, DataError, ModelError, ReleaseError
 from dist_dp.replicas import ReplicatedTables, sequence_lookup
+from dist_dp.rowless import work_without_rows
 from dist_dp.sharding import TableOptimizer, table_configs
 from dist_dp.table_shard import TableShard
 from dist_dp.timing import PhaseTimer
@@ -147,6 +148,7 @@ class CutEmbeddings(nn.Module):
             )
             feature_counts.append(len(config.feature_names))
         self.shards.extend(shards)
+        work_without_rows(kernel, shards, feature_counts, pooled=self.pooled)
         replicas: ReplicatedTables | None = None
         if hasattr(kernel.emb_module, "set_learning_rate"):
             self.fused.append(kernel.emb_module)
@@ -242,18 +244,24 @@ class CutEmbeddings(nn.Module):
         )
 
     def _check(self, features: Any) -> None:
-        for config in self.configs:
-            for name in config.feature_names:
-                ids = features[name].values()
-                if ids.numel() == 0:
-                    continue
-                low, high = (int(x) for x in torch.aminmax(ids))
-                if low < 0 or high >= config.num_embeddings:
-                    raise DataError(
-                        f"feature '{name}' holds the id {low if low < 0 else high}, outside table "
-                        f"'{config.name}' of {config.num_embeddings} rows; hash the ids, or "
-                        "enlarge the table"
-                    )
+        rows = {name: c.num_embeddings for c in self.configs for name in c.feature_names}
+        ids, bounds = features.values(), features.offset_per_key()
+        sizes = torch.tensor(bounds).diff()
+        limits = torch.tensor(
+            [rows.get(name, torch.iinfo(torch.int64).max) for name in features.keys()]  # noqa: SIM118 - not a dict
+        )
+        limit = torch.repeat_interleave(limits, sizes, output_size=bounds[-1]).to(ids.device)
+        outside = (ids < 0) | (ids >= limit)
+        if bool(outside.any()):
+            place = int(outside.nonzero()[0])
+            name = features.keys()[
+                int(torch.searchsorted(torch.tensor(bounds), place, right=True)) - 1
+            ]
+            table = next(c.name for c in self.configs if name in c.feature_names)
+            raise DataError(
+                f"feature '{name}' holds the id {int(ids[place])}, outside table '{table}' of "
+                f"{rows[name]} rows; hash the ids, or enlarge the table"
+            )
         weights = features.weights_or_none()
         if weights is not None and weights.requires_grad:
             raise ModelError(
@@ -289,7 +297,8 @@ class CutEmbeddings(nn.Module):
         """Examples of the recorded forward on this rank, None before any."""
         return self._calls[0].features.stride() if self._calls else None
 
-    def _uses(self, call: _Call) -> Iterator[tuple[str, TableUse]]:
+    def _uses(self, call: _Call, done: set[str]) -> Iterator[tuple[str, TableUse]]:
+        """Every use of a table in a call, but of those that are done."""
         pooled_grads: dict[str, Tensor] = {}
         if self.pooled:
             grad = call.pieces[""].leaf.grad
@@ -298,6 +307,8 @@ class CutEmbeddings(nn.Module):
             parts = grad.split(list(call.dims.values()), dim=1)
             pooled_grads = dict(zip(call.dims, parts, strict=True))
         for config, names in zip(self.configs, self.output_names, strict=True):
+            if self.table_id(config.name) in done:
+                continue
             for feature, key in zip(config.feature_names, names, strict=True):
                 delta = pooled_grads[key] if self.pooled else call.pieces[key].leaf.grad
                 if delta is None:
@@ -317,15 +328,35 @@ class CutEmbeddings(nn.Module):
 
     def squared_norms(self, batch: int, device: torch.device) -> Tensor:
         """Σ over tables of the squared per-example gradient norms, float ``[batch]``."""
+        total = torch.zeros(batch, device=device)
+        alone = self._tables_used_once()
+        for group in _by_width(alone):
+            (call,) = self._calls
+            grad = call.pieces[""].leaf.grad
+            if grad is None:
+                continue
+            keys = [names[0] for _, names in group]
+            total += squared_norms_of_bags(
+                call.features,
+                [config.feature_names[0] for config, _ in group],
+                _columns(grad, call.dims, keys),
+                torch.tensor([c.pooling.name == "MEAN" for c, _ in group], device=device),
+            )
         uses: dict[str, list[TableUse]] = {}
         for call in self._calls:
-            for table, use in self._uses(call):
+            for table, use in self._uses(call, {self.table_id(c.name) for c, _ in alone}):
                 uses.setdefault(table, []).append(use)
         rows = {self.table_id(c.name): c.num_embeddings for c in self.configs}
-        total = torch.zeros(batch, device=device)
         for table, found in uses.items():
             total += squared_norms(found, rows[table], batch)
         return total
+
+    def _tables_used_once(self) -> list[tuple[Any, list[str]]]:
+        """Pooled tables with one feature in one forward: (configuration, output names)."""
+        if not self.pooled or len(self._calls) != 1:
+            return []
+        tables = zip(self.configs, self.output_names, strict=True)
+        return [(config, names) for config, names in tables if len(names) == 1]
 
     def backward(self, coefficients: Tensor, learning_rate: float) -> None:
         """Sends the scaled gradient on and updates the tables.
@@ -392,6 +423,22 @@ class CutEmbeddings(nn.Module):
         self._calls.clear()
         for replica in self.replicas:
             replica.clear()
+
+
+def _by_width(tables: list[tuple[Any, list[str]]]) -> list[list[tuple[Any, list[str]]]]:
+    """Tables with the same number of columns together, in order."""
+    groups: dict[int, list[tuple[Any, list[str]]]] = {}
+    for config, names in tables:
+        groups.setdefault(config.embedding_dim, []).append((config, names))
+    return list(groups.values())
+
+
+def _columns(values: Tensor, dims: dict[str, int], keys: list[str]) -> Tensor:
+    """The columns of some keys of one width, float ``[batch, keys, width]``."""
+    if keys == list(dims):
+        return values.view(values.shape[0], len(keys), -1)
+    parts = dict(zip(dims, values.split(list(dims.values()), dim=1), strict=True))
+    return torch.stack([parts[key] for key in keys], dim=1)
 
 
 def _without_weights(features: Any) -> Any:

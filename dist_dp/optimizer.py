@@ -10,7 +10,7 @@ import torch
 from torch import Tensor, nn
 
 from dist_dp import kernels
-from dist_dp.clipping.recorder import DenseRecorder
+from dist_dp.clipping.recorder import DenseRecorder, DenseSums
 from dist_dp.cut import CutEmbeddings
 from dist_dp.distributed import all_reduce_sum
 from dist_dp.errors import ConfigError, DistDpError, ModelError
@@ -117,9 +117,9 @@ class PrivateOptimizer(torch.optim.Optimizer):
         self._state = state
         for cut in cuts:
             cut.learning_rate = self._table_rate
-        self._keys = {
-            name: kernels.derive_key(secret, "dense", name) for name in recorder.parameters
-        }
+        # One stream for all dense parameters, in the recorder's order.
+        self._dense_key = kernels.derive_key(secret, "dense", "parameters")
+        self._sums = DenseSums(recorder.parameters)
 
     @property
     def schedule(self) -> NoiseSchedule:
@@ -194,9 +194,11 @@ class PrivateOptimizer(torch.optim.Optimizer):
         is_real = is_real.to(device)
         with self.timer.phase("clip"):
             norms, coefficients = self._coefficients(is_real)
-            sums = self.recorder.clipped_sums(coefficients)
+            sums = self._sums
+            sums.flat.zero_()
+            self.recorder.add_clipped_sums(coefficients, sums)
         with self.timer.phase("communication"):
-            sums = _all_reduce_together(sums)
+            all_reduce_sum(sums.flat)
         step = self.schedule.step + 1
         with self.timer.phase("noise"):
             signal_to_noise = self._noise_dense(sums, step)
@@ -275,41 +277,32 @@ class PrivateOptimizer(torch.optim.Optimizer):
                 "noise.grid the last step of a release must add noise, so let the rate stay above 0"
             )
 
-    def _noise_dense(self, sums: dict[str, Tensor], step: int) -> float:
-        if not self.mechanism.private or not sums:
+    def _noise_dense(self, sums: DenseSums, step: int) -> float:
+        """Adds the step's noise in place; the ratio of signal to noise before it."""
+        if not self.mechanism.private or sums.flat.numel() == 0:
             return float("nan")
         deviation = self.plan.noise_on_sum
-        squared = float(sum(v.double().square().sum() for v in sums.values()))
-        count = sum(v.numel() for v in sums.values())
-        for name, value in sums.items():
-            kernels.add_normal(
-                value,
-                key=self._keys[name],
-                from_step=step - 1,
-                to_step=step,
-                scale=deviation,
-                rounds=self.plan.noise_rounds,
-                grid=self.plan.dense_noise_grid,
-            )
-        return (squared / count) ** 0.5 / deviation if deviation > 0 else float("inf")
+        size = float(torch.linalg.vector_norm(sums.flat)) / sums.flat.numel() ** 0.5
+        kernels.add_normal(
+            sums.flat,
+            key=self._dense_key,
+            from_step=step - 1,
+            to_step=step,
+            scale=deviation,
+            rounds=self.plan.noise_rounds,
+            grid=self.plan.dense_noise_grid,
+        )
+        return size / deviation if deviation > 0 else float("inf")
 
-    def _update_dense(self, sums: dict[str, Tensor]) -> None:
+    def _update_dense(self, sums: DenseSums) -> None:
         if self.dense is None:
             return
+        sums.flat.div_(self.plan.expected_batch_size)
         for name, parameter in self.recorder.parameters.items():
-            parameter.grad = sums[name] / self.plan.expected_batch_size
+            parameter.grad = sums.by_name[name]
         self.dense.step()
         for parameter in self.recorder.parameters.values():
             parameter.grad = None
-
-
-def _all_reduce_together(sums: dict[str, Tensor]) -> dict[str, Tensor]:
-    """One all-reduce for all dense sums."""
-    if not sums:
-        return sums
-    flat = all_reduce_sum(torch.cat([v.reshape(-1) for v in sums.values()]))
-    parts = flat.split([v.numel() for v in sums.values()])
-    return {n: p.view(v.shape) for (n, v), p in zip(sums.items(), parts, strict=True)}
 
 
 def watch_forwards(model: nn.Module, optimizer: PrivateOptimizer) -> None:

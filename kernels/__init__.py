@@ -40,18 +40,14 @@ from dist_dp.kernels.dispatch import (
     warn_if_slow,
 )
 from dist_dp.kernels.draws import derive_key, normal, normal_like, uniform_rows, uniforms
-from dist_dp.kernels.lookups import bag_repeats, take_stale
-from dist_dp.kernels.updates import (
-    RowUpdate,
-    add_normal,
-    settle_range,
-    settle_rows,
-    settle_tables,
-)
+from dist_dp.kernels.lookups import bag_repeats
+from dist_dp.kernels.tables import Stale, TableSet
+from dist_dp.kernels.updates import add_normal, settle_range, settle_rows
 
 __all__ = [
-    "RowUpdate",
     "SlowKernelsWarning",
+    "Stale",
+    "TableSet",
     "add_normal",
     "bag_repeats",
     "derive_key",
@@ -60,9 +56,7 @@ __all__ = [
     "normal_like",
     "settle_range",
     "settle_rows",
-    "settle_tables",
     "slow_reason",
-    "take_stale",
     "uniform_rows",
     "uniforms",
     "warn_if_slow",

@@ -1,52 +1,11 @@
-"""What a lookup's row numbers are asked before its rows are read; nothing is sorted on a CPU."""
+"""How often ids occur in their bags, which clipping needs; nothing is sorted on a CPU."""
 
 from __future__ import annotations
 
 import torch
-from torch.autograd.graph import increment_version
 
 from dist_dp.kernels import checks, dispatch, native
 from dist_dp.kernels.graphs import outside_graphs
-
-
-@outside_graphs
-@torch.no_grad()
-def take_stale(
-    history: torch.Tensor, ids: torch.Tensor, to_step: int
-) -> tuple[torch.Tensor, torch.Tensor]:
-    """The rows among `ids` that are settled to a step before `to_step`, each once.
-
-    They are marked in the history as settled to `to_step`: the caller settles them before anything
-    else. The mark is also what finds the repeats of a row, in one pass.
-
-    Args:
-        history: int32 [R], contiguous, the step each row is settled to.
-        ids: int64 or int32 [n], in any order, repeats allowed.
-        to_step: the step they are to be settled to.
-
-    Returns:
-        The stale rows, int64 [k], in order of first occurrence (ascending on a GPU), and the steps
-        they were settled to, int32 [k].
-
-    Raises:
-        IndexError: an id is no row; nothing is marked then.
-    """
-    numbers = checks.integers(ids, "ids")
-    steps = checks.integers(history, "history")
-    if steps.dtype != torch.int32 or not steps.is_contiguous():
-        raise TypeError("history: contiguous int32 expected")
-    end = checks.integer(to_step, "to_step", 0, checks.MAX_STEP)
-    if steps.device != numbers.device:
-        raise ValueError(f"ids: is on {numbers.device}, the history is on {steps.device}")
-    if numbers.device.type == "cpu" and dispatch.chosen_isa() is not None:
-        found = native.take_stale(steps, numbers.contiguous(), end)
-    else:
-        distinct = torch.unique(checks.rows(numbers, "ids", steps.numel()))
-        rows = distinct[steps[distinct] < end]
-        found = rows, steps[rows]
-        steps[rows] = end
-    increment_version(history)
-    return found
 
 
 @outside_graphs

@@ -56,6 +56,21 @@ class _Job(ctypes.Structure):
     ]  # fmt: skip
 
 
+class Table(ctypes.Structure):
+    """A shard that lookups read; the tensors behind it must outlive it."""
+
+    _fields_ = [
+        ("weight", ctypes.c_void_p),
+        *((name, ctypes.c_int64) for name in
+          ("num_rows", "num_columns", "row_stride", "column_stride")),
+        ("history", ctypes.c_void_p),
+        ("key", ctypes.c_char_p),
+        ("row_offset", ctypes.c_int64),
+        ("column_offset", ctypes.c_int64),
+        ("weight_kind", ctypes.c_int32),
+    ]  # fmt: skip
+
+
 @functools.cache
 def library(path: Path = FILE) -> ctypes.CDLL | None:
     """The compiled library, or None where there is none.
@@ -78,9 +93,13 @@ def library(path: Path = FILE) -> ctypes.CDLL | None:
     loaded.dist_dp_settle.restype = None
     pointer, long, short = ctypes.c_void_p, ctypes.c_int64, ctypes.c_int32
     loaded.dist_dp_take_stale.argtypes = [
-        pointer, short, long, long, pointer, short, pointer, pointer,
+        pointer, long, pointer, pointer, short, short, pointer, pointer, pointer, pointer,
     ]  # fmt: skip
     loaded.dist_dp_take_stale.restype = long
+    loaded.dist_dp_settle_tables.argtypes = [
+        pointer, long, pointer, pointer, pointer, long, pointer, pointer, ctypes.c_double, short,
+        short, short, pointer,
+    ]  # fmt: skip
     loaded.dist_dp_bag_repeats.argtypes = [pointer, short, long, pointer, long, pointer, pointer]
     loaded.dist_dp_bag_repeats.restype = long
     loaded.dist_dp_blocks.argtypes = [
@@ -172,24 +191,83 @@ def fill(
         _loaded().dist_dp_settle(ctypes.byref(job), 1, _threads(threads), _number(isa))
 
 
+def table(
+    weight: torch.Tensor, history: torch.Tensor, key: bytes, row_offset: int, column_offset: int
+) -> Table:
+    """Describe a shard; its arguments are checked."""
+    return Table(
+        weight=weight.data_ptr(), num_rows=weight.shape[0], num_columns=weight.shape[1],
+        row_stride=weight.stride(0), column_stride=weight.stride(1), history=history.data_ptr(),
+        key=key, row_offset=row_offset, column_offset=column_offset,
+        weight_kind=_KINDS[weight.dtype],
+    )  # fmt: skip
+
+
 def take_stale(
-    history: torch.Tensor, ids: torch.Tensor, to_step: int
-) -> tuple[torch.Tensor, torch.Tensor]:
-    """See `dist_dp.kernels.take_stale`; contiguous tensors.
+    tables: ctypes.Array[Table], ids: Sequence[torch.Tensor], to_step: int
+) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+    """Find and mark stale rows; see `dist_dp.kernels.tables`.
+
+    Args:
+        tables: the shards.
+        ids: for each of them, contiguous, all int64 or all int32.
+        to_step: the step the rows are to be settled to.
+
+    Returns:
+        Rows int64 [k] and the steps they were settled to int32 [k], table after table, and how many
+        each table has, int64 [tables].
 
     Raises:
-        IndexError: an id is no row.
+        IndexError: an id is no row; nothing is marked then.
     """
-    rows = torch.empty(ids.numel(), dtype=torch.int64)
-    from_steps = torch.empty(ids.numel(), dtype=torch.int32)
-    count = _loaded().dist_dp_take_stale(
-        ids.data_ptr(), _KINDS[ids.dtype], ids.numel(), history.numel(), history.data_ptr(),
-        to_step, rows.data_ptr(), from_steps.data_ptr(),
+    number = len(ids)
+    pointers = (ctypes.c_void_p * number)(*(i.data_ptr() for i in ids))
+    counts = (ctypes.c_int64 * number)(*(i.numel() for i in ids))
+    total = sum(counts)
+    rows = torch.empty(total, dtype=torch.int64)
+    from_steps = torch.empty(total, dtype=torch.int32)
+    taken = torch.empty(number, dtype=torch.int64)
+    where = ctypes.c_int64()
+    wrong = _loaded().dist_dp_take_stale(
+        tables, number, pointers, counts, _KINDS[ids[0].dtype], to_step, rows.data_ptr(),
+        from_steps.data_ptr(), taken.data_ptr(), ctypes.byref(where),
     )  # fmt: skip
-    if count < 0:
-        row = int(ids[-1 - count])
-        raise IndexError(f"ids: row {row} is outside [0, {history.numel()})")
-    return rows[:count], from_steps[:count]
+    if wrong:
+        last = tables[wrong - 1].num_rows
+        raise IndexError(f"ids of table {wrong - 1}: row {where.value} is outside [0, {last})")
+    found = int(taken.sum())
+    return rows[:found], from_steps[:found], taken
+
+
+def settle_tables(
+    tables: ctypes.Array[Table],
+    rows: torch.Tensor,
+    from_steps: torch.Tensor,
+    taken: torch.Tensor,
+    to_step: int,
+    decay: torch.Tensor,
+    scale: torch.Tensor,
+    rounds: int,
+    grid: float,
+    *,
+    isa: str | None = None,
+) -> None:
+    """Settle what `take_stale` found; decay and scale are float64 [k], contiguous.
+
+    Raises:
+        ValueError: a step or a factor is out of range; nothing is settled then.
+    """
+    where = ctypes.c_int64()
+    fault = _loaded().dist_dp_settle_tables(
+        tables, len(tables), rows.data_ptr(), from_steps.data_ptr(), taken.data_ptr(), to_step,
+        decay.data_ptr(), scale.data_ptr(), grid, rounds, _threads(None), _number(isa),
+        ctypes.byref(where),
+    )  # fmt: skip
+    if fault:
+        raise ValueError(
+            f"table {where.value}: a from-step, decay or scale is out of range (fault {fault}); "
+            "decay and scale must be finite in float32 and at least 0"
+        )
 
 
 def bag_repeats(

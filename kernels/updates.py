@@ -2,9 +2,6 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
-from dataclasses import dataclass, field
-
 import torch
 from torch.autograd.graph import increment_version
 
@@ -73,52 +70,6 @@ def settle_rows(
         )
     ])  # fmt: skip
     increment_version(weight)
-
-
-@dataclass(frozen=True, kw_only=True, eq=False)
-class RowUpdate:
-    """The arguments of one `settle_rows`, for `settle_tables`."""
-
-    weight: torch.Tensor
-    rows: torch.Tensor
-    key: bytes = field(repr=False)
-    row_offset: int = 0
-    column_offset: int = 0
-    from_steps: torch.Tensor | int
-    to_step: int
-    decay: torch.Tensor | float
-    scale: torch.Tensor | float
-    rounds: int = 20
-    rounding: str = "stochastic"
-    grid: float | None = None
-
-
-@outside_graphs
-@torch.no_grad()
-def settle_tables(updates: Sequence[RowUpdate]) -> None:
-    """`settle_rows` for several tables at once: the same numbers, one set of threads for all.
-
-    Args:
-        updates: of different tables (or shards) on one device. All are checked before the first
-            write, so a refused call leaves every weight as it was.
-    """
-    prepared = []
-    for update in updates:
-        shard = checks.table(update.weight)
-        for name, value in (("rows", update.rows), ("weights", updates[0].weight)):
-            if value.device != shard.device:
-                raise ValueError(f"{name}: on {value.device}, a weight is on {shard.device}")
-        local = checks.integers(update.rows, "rows")
-        prepared.append(
-            _prepare(
-                shard, local, 0, local.numel(), update.key, update.row_offset,
-                update.column_offset, update.from_steps, update.to_step, update.decay,
-                update.scale, update.rounds, update.rounding, update.grid,
-            )
-        )  # fmt: skip
-    _carry_out(prepared)
-    for update in updates:
-        increment_version(update.weight)
 
 
 @outside_graphs

@@ -60,6 +60,24 @@ class DenseRule(ABC):
             The sum by parameter name, relative to ``layer``, in the parameter's shape.
         """
 
+    def add_clipped_sums(
+        self,
+        layer: nn.Module,
+        records: Sequence[Record],
+        coefficients: Tensor,
+        sums: dict[str, Tensor],
+    ) -> None:
+        """Adds :meth:`clipped_sums` to ``sums``, in place; override it to save the copy.
+
+        Args:
+            layer: The layer.
+            records: One entry for each time the layer was called in this step.
+            coefficients: float tensor ``[batch]``.
+            sums: By parameter name, every trained parameter's, in its shape.
+        """
+        for name, value in self.clipped_sums(layer, records, coefficients).items():
+            sums[name].add_(value.detach())
+
 
 _RULES: dict[type[nn.Module], DenseRule] = {}
 
@@ -83,6 +101,11 @@ def rule_for(layer: nn.Module) -> DenseRule | None:
     return _RULES.get(type(layer))
 
 
+def _squared(values: Tensor) -> Tensor:
+    """Squared norm of each example's values, float ``[batch]``, in one pass over them."""
+    return torch.linalg.vector_norm(values.flatten(1), dim=1).square_()
+
+
 def _scaled(values: Tensor, coefficients: Tensor) -> Tensor:
     return values * coefficients.view(-1, *([1] * (values.dim() - 1)))
 
@@ -100,6 +123,9 @@ class LinearRule(DenseRule):
     SLICE_ELEMENTS = 1 << 22
 
     def _positions(self, records: Sequence[Record]) -> tuple[Tensor, Tensor]:
+        if len(records) == 1 and records[0][1].dim() == 2:
+            (inputs, delta) = records[0]
+            return inputs[0].unsqueeze(1), delta.unsqueeze(1)
         batch = records[0][1].shape[0]
         a = torch.cat([r[0][0].reshape(batch, -1, r[0][0].shape[-1]) for r in records], dim=1)
         d = torch.cat([r[1].reshape(batch, -1, r[1].shape[-1]) for r in records], dim=1)
@@ -110,8 +136,8 @@ class LinearRule(DenseRule):
         a, d = self._positions(records)
         positions = a.shape[1]
         if positions == 1:
-            d2 = d.square().sum((1, 2))
-            weight = a.square().sum((1, 2)) * d2 if layer.weight.requires_grad else 0.0 * d2
+            d2 = _squared(d)
+            weight = _squared(a) * d2 if layer.weight.requires_grad else 0.0 * d2
             return weight + d2 if _trained(layer, "bias") else weight
         squared = torch.zeros(a.shape[0], dtype=d.dtype, device=d.device)
         if layer.weight.requires_grad:
@@ -132,14 +158,29 @@ class LinearRule(DenseRule):
         self, layer: nn.Module, records: Sequence[Record], coefficients: Tensor
     ) -> dict[str, Tensor]:
         """See the class."""
-        a, d = self._positions(records)
-        scaled = _scaled(d, coefficients).flatten(0, 1)
-        sums: dict[str, Tensor] = {}
-        if layer.weight.requires_grad:
-            sums["weight"] = scaled.t() @ a.flatten(0, 1)
-        if _trained(layer, "bias"):
-            sums["bias"] = scaled.sum(0)
+        sums = {n: torch.zeros_like(p) for n, p in layer.named_parameters() if p.requires_grad}
+        self.add_clipped_sums(layer, records, coefficients, sums)
         return sums
+
+    @torch.no_grad()
+    def add_clipped_sums(
+        self,
+        layer: nn.Module,
+        records: Sequence[Record],
+        coefficients: Tensor,
+        sums: dict[str, Tensor],
+    ) -> None:
+        """See the class: one matrix product δᵀ diag(c) a, scaling the narrower of the two."""
+        a, d = self._positions(records)
+        positions = d.shape[1]
+        if "bias" in sums:
+            sums["bias"].addmv_(d.flatten(0, 1).t(), coefficients.repeat_interleave(positions))
+        if "weight" in sums:
+            if a.shape[2] < d.shape[2]:
+                a = _scaled(a, coefficients)
+            else:
+                d = _scaled(d, coefficients)
+            sums["weight"].addmm_(d.flatten(0, 1).t(), a.flatten(0, 1))
 
 
 @register_rule(nn.LayerNorm)

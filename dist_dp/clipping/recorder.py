@@ -7,7 +7,7 @@ then build norms and clipped sums from the record.
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from typing import Any
 
@@ -67,6 +67,24 @@ class _Untapped(torch.autograd.Function):
             f"layer '{ctx.name}': the loss uses more than the layer's first output (attention "
             "weights?); clipping sees the first one only. Detach the others."
         )
+
+
+class DenseSums:
+    """One number for every trained dense parameter, in one piece of memory.
+
+    Attributes:
+        flat: float ``[parameters]``, all of them back to back: one all-reduce, one norm.
+        by_name: Views of it in the parameters' shapes, by full name.
+    """
+
+    def __init__(self, parameters: Mapping[str, nn.Parameter]) -> None:
+        sizes = [p.numel() for p in parameters.values()]
+        device = next(iter(parameters.values())).device if parameters else None
+        self.flat = torch.zeros(sum(sizes), device=device)
+        parts = self.flat.split(sizes) if sizes else ()
+        self.by_name = {
+            n: part.view(p.shape) for (n, p), part in zip(parameters.items(), parts, strict=True)
+        }
 
 
 class DenseRecorder:
@@ -255,15 +273,28 @@ class DenseRecorder:
 
         A parameter whose layer had no part in the loss gets zeros: it is noised all the same.
         """
-        sums = {n: torch.zeros_like(p) for n, p in self.parameters.items()}
+        sums = DenseSums(self.parameters)
+        self.add_clipped_sums(coefficients, sums)
+        return sums.by_name
+
+    def add_clipped_sums(self, coefficients: Tensor, sums: DenseSums) -> None:
+        """Adds the sums over examples of the scaled gradients to ``sums``, in place.
+
+        Args:
+            coefficients: float ``[batch]``, the clip factor of each example.
+            sums: Of all trained dense parameters.
+        """
         with self._pause():
             for name, (layer, rule) in self.layers.items():
                 records = self._records(name, coefficients.shape[0])
-                if not records:
-                    continue
-                for child, value in rule.clipped_sums(layer, records, coefficients).items():
-                    sums[f"{name}.{child}" if name else child] = value.detach()
-        return sums
+                if records:
+                    prefix = f"{name}." if name else ""
+                    own = {
+                        child: sums.by_name[prefix + child]
+                        for child, parameter in layer.named_parameters()
+                        if parameter.requires_grad
+                    }
+                    rule.add_clipped_sums(layer, records, coefficients, own)
 
     @contextmanager
     def _pause(self) -> Iterator[None]:

@@ -10,9 +10,12 @@ treating them one by one under-clips.
 from __future__ import annotations
 
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 from torch import Tensor
+
+from dist_dp import kernels
 
 
 @dataclass(frozen=True)
@@ -82,18 +85,35 @@ def squared_norms(uses: list[TableUse], num_rows: int, batch: int) -> Tensor:
 
 def _one_pooled_use(use: TableUse, num_rows: int, batch: int) -> Tensor:
     """‖δ_b‖² · Σ_r (Σ m)²: with one pooled use the row gradients are all multiples of δ_b."""
-    delta2 = use.delta.square().sum(1)
-    if use.rows.numel() == 0:
-        return torch.zeros_like(delta2)
-    one_each = use.rows.numel() == batch and bool((use.lengths == 1).all())
-    weights = use.entry_weights
-    if one_each:
-        return delta2 if weights is None else delta2 * weights.square()
-    pairs, group = torch.unique(use.examples * num_rows + use.rows, return_inverse=True)
-    if weights is None:
-        weights = torch.ones(use.rows.numel(), dtype=delta2.dtype, device=delta2.device)
-    multiplicity = torch.zeros(pairs.numel(), dtype=delta2.dtype, device=delta2.device)
-    multiplicity.index_add_(0, group, weights.to(delta2.dtype))
-    per_example = torch.zeros(batch, dtype=delta2.dtype, device=delta2.device)
-    per_example.index_add_(0, pairs // num_rows, multiplicity.square())
-    return delta2 * per_example
+    delta2 = torch.linalg.vector_norm(use.delta, dim=1).square_()
+    return delta2 * kernels.bag_repeats(use.rows, use.lengths, use.entry_weights)
+
+
+def squared_norms_of_bags(features: Any, keys: list[str], deltas: Tensor, mean: Tensor) -> Tensor:
+    """Squared norms over many tables of one width, each used once, by one pooled feature.
+
+    As :func:`squared_norms` for each of them, added up: one pass over the ids of all features and
+    one over the gradients.
+
+    Args:
+        features: KeyedJaggedTensor ``[keys, batch]``.
+        keys: The feature of each table.
+        deltas: float ``[batch, tables, dim]``, the gradients of the bags' outputs.
+        mean: bool ``[tables]``: whether the table averages its bags.
+
+    Returns:
+        float ``[batch]``.
+    """
+    names = features.keys()
+    lengths = features.lengths()
+    repeats = kernels.bag_repeats(features.values(), lengths, features.weights_or_none())
+    repeats = repeats.view(len(names), -1)
+    lengths = lengths.view(len(names), -1)
+    if keys != names:
+        places = [names.index(key) for key in keys]
+        repeats, lengths = repeats[places], lengths[places]
+    if bool(mean.any()):
+        each = torch.where(mean.unsqueeze(1), lengths.clamp_min(1), 1).to(repeats.dtype)
+        repeats = repeats / each.square()
+    delta2 = torch.linalg.vector_norm(deltas, dim=2).square_()
+    return (delta2 * repeats.t()).sum(1)

@@ -10,12 +10,14 @@ a look-ahead queue, and a release always settles every row.
 from __future__ import annotations
 
 from collections.abc import Iterable, Sequence
+from typing import Any
 
 import torch
 from torch import Tensor
 
 from dist_dp import kernels
 from dist_dp.mechanisms.base import Mechanism, Read
+from dist_dp.noise_schedule import NoiseSchedule
 from dist_dp.table_shard import TableShard
 
 CHUNK_ROWS = 1 << 16
@@ -44,6 +46,16 @@ class LazyDP(Mechanism):
     private = True
     table_optimizers = frozenset({"sgd"})
 
+    def __init__(
+        self,
+        schedules: NoiseSchedule | Sequence[NoiseSchedule],
+        *,
+        grid: float | None = None,
+        rounds: int = 20,
+    ) -> None:
+        super().__init__(schedules, grid=grid, rounds=rounds)
+        self._sets: dict[tuple[Any, ...], kernels.TableSet] = {}
+
     def prepare(self, shard: TableShard) -> None:
         """The history table: 4 bytes a row."""
         shard.last_step  # noqa: B018 (allocates)
@@ -61,53 +73,51 @@ class LazyDP(Mechanism):
         step = self.schedule.step
         if step == 0:
             return
-        for shard, _ in reads:
+        shards = [shard for shard, _ in reads]
+        tables = self._table_set(shards)
+        for shard in shards:
             shard.settling = True
-        stale = [kernels.take_stale(shard.last_step, rows, step) for shard, rows in reads]
-        kernels.settle_tables(
-            self._updates([shard for shard, _ in reads], stale, None if training else self.grid)
+        stale = tables.take_stale([rows for _, rows in reads], step)
+        decay, scale = self._owed(shards, stale)
+        tables.settle(
+            stale,
+            to_step=step,
+            decay=decay,
+            scale=scale,
+            rounds=self.rounds,
+            grid=None if training else self.grid,
         )
-        for shard, _ in reads:
+        for shard in shards:
             shard.settling = False
 
-    def _updates(
-        self,
-        shards: list[TableShard],
-        stale: list[tuple[Tensor, Tensor]],
-        grid: float | None,
-    ) -> list[kernels.RowUpdate]:
-        """What the kernels must do: decay and noise of all tables, found in one go."""
+    def _table_set(self, shards: list[TableShard]) -> kernels.TableSet:
+        """The shards of a lookup, described once for the kernels."""
+        places = tuple(
+            (s.weight.data_ptr(), s.last_step.data_ptr(), s.noise_key, s.weight.shape)
+            for s in shards
+        )
+        if places not in self._sets:
+            self._sets[places] = kernels.TableSet(
+                [s.weight for s in shards],
+                [s.last_step for s in shards],
+                [s.noise_key for s in shards],
+                [s.row_offset for s in shards],
+                [s.column_offset for s in shards],
+            )
+        return self._sets[places]
+
+    def _owed(self, shards: list[TableShard], stale: kernels.Stale) -> tuple[Tensor, Tensor]:
+        """Decay and standard deviation of all stale rows, float64 ``[rows]`` each."""
         step = self.schedule.step
-        factors: list[tuple[Tensor, Tensor]] = [(Tensor(), Tensor())] * len(shards)
-        for group, schedule in enumerate(self.schedules):
-            members = [i for i, shard in enumerate(shards) if shard.group == group]
-            if not members:
-                continue
-            steps = [stale[i][1] for i in members]
-            decay, scale = schedule.decay_and_scale(torch.cat(steps), step)
-            sizes = [s.numel() for s in steps]
-            parts = zip(decay.split(sizes), scale.split(sizes), strict=True)
-            for i, part in zip(members, parts, strict=True):
-                factors[i] = part
-        return [
-            kernels.RowUpdate(
-                weight=shard.weight,
-                rows=rows,
-                key=shard.noise_key,
-                row_offset=shard.row_offset,
-                column_offset=shard.column_offset,
-                from_steps=from_steps,
-                to_step=step,
-                decay=decay,
-                scale=scale,
-                rounds=self.rounds,
-                grid=grid,
+        if len(self.schedules) == 1:
+            return self.schedule.decay_and_scale(stale.from_steps, step)
+        parts = [
+            self.schedule_of(shard).decay_and_scale(from_steps, step)
+            for shard, from_steps in zip(
+                shards, stale.from_steps.split(stale.counts.tolist()), strict=True
             )
-            for shard, (rows, from_steps), (decay, scale) in zip(
-                shards, stale, factors, strict=True
-            )
-            if rows.numel()
         ]
+        return torch.cat([d for d, _ in parts]), torch.cat([s for _, s in parts])
 
     def after_update(self, shards: Iterable[TableShard]) -> None:
         """Nothing: the step's noise waits for the next read."""

@@ -44,6 +44,20 @@ struct Job {
   int32_t rounds;
 };
 
+// A shard that lookups read, described once; `native.py` declares the same fields.
+struct Table {
+  void *weight;
+  int64_t num_rows;
+  int64_t num_columns;
+  int64_t row_stride;
+  int64_t column_stride;
+  int32_t *history;        // the step each row is settled to
+  const uint8_t *key;
+  int64_t row_offset;
+  int64_t column_offset;
+  int32_t weight_kind;
+};
+
 // One piece of work of one thread: the rows [first, last) of the job's list.
 typedef void (*Worker)(const Job &job, int64_t first, int64_t last);
 

@@ -202,6 +202,49 @@ EXPORT void dist_dp_settle(const Job *jobs, int64_t num_jobs, int32_t threads, i
   for (std::thread &helper : helpers) helper.join();
 }
 
+// Settles the rows that dist_dp_take_stale found. Returns 0, or the fault among the steps and
+// factors of table *where; nothing is written in that case.
+EXPORT int32_t dist_dp_settle_tables(const Table *tables, int64_t num_tables, const int64_t *rows,
+                                     const int32_t *from_steps, const int64_t *taken,
+                                     int64_t to_step, const double *decay, const double *scale,
+                                     double grid, int32_t rounds, int32_t threads, int32_t isa,
+                                     int64_t *where) {
+  std::vector<Job> jobs(static_cast<size_t>(num_tables));
+  int64_t first = 0;
+  for (int64_t t = 0; t < num_tables; ++t) {
+    const Table &table = tables[t];
+    Job &job = jobs[static_cast<size_t>(t)];
+    job = Job{};
+    job.weight = table.weight;
+    job.num_rows = table.num_rows;
+    job.num_columns = table.num_columns;
+    job.row_stride = table.row_stride;
+    job.column_stride = table.column_stride;
+    job.from_steps = {from_steps + first, 1, kInt32};
+    job.decay = {decay + first, 1, kFloat64};
+    job.scale = {scale + first, 1, kFloat64};
+    job.count = taken[t];
+    job.to_step = to_step;
+    job.row_offset = table.row_offset;
+    job.column_offset = table.column_offset;
+    job.grid = grid;
+    job.key = table.key;
+    job.weight_kind = table.weight_kind;
+    job.stochastic = table.weight_kind != kFloat32;
+    job.rounds = rounds;
+    int64_t entry;
+    const int32_t fault = dist_dp_check(&job, &entry);
+    if (fault != kFine) {
+      *where = t;
+      return fault;
+    }
+    job.rows = {rows + first, 1, kInt64};
+    first += taken[t];
+  }
+  dist_dp_settle(jobs.data(), num_tables, threads, isa);
+  return kFine;
+}
+
 EXPORT void dist_dp_blocks(const uint8_t *key, const uint32_t *inputs, int64_t count,
                            int32_t rounds, uint32_t *output, int32_t isa) {
   implementation(isa)->blocks(key, inputs, count, rounds, output);

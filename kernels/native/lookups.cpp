@@ -23,20 +23,19 @@ int64_t first_outside(const Id *ids, int64_t count, int64_t num_rows) {
 }
 
 template <typename Id>
-int64_t take_stale(const Id *ids, int64_t count, int64_t num_rows, int32_t *history,
-                   int32_t to_step, int64_t *rows, int32_t *from_steps) {
-  const int64_t outside = first_outside(ids, count, num_rows);
-  if (outside >= 0) return -1 - outside;
+int64_t take_stale(const Id *ids, int64_t count, int32_t *history, int32_t to_step, int64_t *rows,
+                   int32_t *from_steps) {
   int64_t taken = 0;
   for (int64_t i = 0; i < count; ++i) {
     if (i + kAhead < count) __builtin_prefetch(history + ids[i + kAhead], 1, 1);
     const int64_t row = ids[i];
     const int32_t step = history[row];
+    if (step >= to_step) continue;
     // Marked at once, so that the row's next occurrence is not stale any more.
-    history[row] = step < to_step ? to_step : step;
+    history[row] = to_step;
     rows[taken] = row;
     from_steps[taken] = step;
-    taken += step < to_step;
+    ++taken;
   }
   return taken;
 }
@@ -48,13 +47,14 @@ double repeats(const Id *ids, const float *weights, int64_t count,
   double total = 0;
   if (count <= kPairwise) {
     for (int64_t i = 0; i < count; ++i) {
-      const double w = weights == nullptr ? 1.0 : weights[i];
-      total += w * w;
-      double same = 0;
-      for (int64_t j = 0; j < i; ++j) {
-        if (ids[j] == ids[i]) same += weights == nullptr ? 1.0 : weights[j];
+      bool counted = false;
+      for (int64_t j = 0; j < i; ++j) counted = counted || ids[j] == ids[i];
+      if (counted) continue;
+      double sum = 0;
+      for (int64_t j = i; j < count; ++j) {
+        if (ids[j] == ids[i]) sum += weights == nullptr ? 1.0 : weights[j];
       }
-      total += 2 * w * same;
+      total += sum * sum;
     }
     return total;
   }
@@ -92,14 +92,33 @@ int64_t bag_repeats(const Id *ids, int64_t num_ids, const int64_t *lengths, int6
 }  // namespace
 
 // Rows last settled before to_step, each once, and the steps they were settled to; marks them as
-// settled to to_step. Returns how many, or -1 - i if entry i is no row (then nothing is written).
-EXPORT int64_t dist_dp_take_stale(const void *ids, int32_t kind, int64_t count, int64_t num_rows,
-                                  int32_t *history, int32_t to_step, int64_t *rows,
-                                  int32_t *from_steps) {
-  return kind == kInt32 ? take_stale(static_cast<const int32_t *>(ids), count, num_rows, history,
-                                     to_step, rows, from_steps)
-                        : take_stale(static_cast<const int64_t *>(ids), count, num_rows, history,
-                                     to_step, rows, from_steps);
+// settled to to_step. Table t reads counts[t] ids at ids[t]; its rows follow those of the tables
+// before it, and taken[t] says how many they are. Returns 0, or 1 + t if an id of table t is no
+// row of it, which is then in *where; nothing is written in that case.
+EXPORT int64_t dist_dp_take_stale(const Table *tables, int64_t num_tables, const void *const *ids,
+                                  const int64_t *counts, int32_t kind, int32_t to_step,
+                                  int64_t *rows, int32_t *from_steps, int64_t *taken,
+                                  int64_t *where) {
+  for (int64_t t = 0; t < num_tables; ++t) {
+    const int64_t outside =
+        kind == kInt32
+            ? first_outside(static_cast<const int32_t *>(ids[t]), counts[t], tables[t].num_rows)
+            : first_outside(static_cast<const int64_t *>(ids[t]), counts[t], tables[t].num_rows);
+    if (outside >= 0) {
+      *where = kind == kInt32 ? static_cast<const int32_t *>(ids[t])[outside]
+                              : static_cast<const int64_t *>(ids[t])[outside];
+      return 1 + t;
+    }
+  }
+  for (int64_t t = 0; t < num_tables; ++t) {
+    taken[t] = kind == kInt32 ? take_stale(static_cast<const int32_t *>(ids[t]), counts[t],
+                                           tables[t].history, to_step, rows, from_steps)
+                              : take_stale(static_cast<const int64_t *>(ids[t]), counts[t],
+                                           tables[t].history, to_step, rows, from_steps);
+    rows += taken[t];
+    from_steps += taken[t];
+  }
+  return 0;
 }
 
 // For each bag of ids the sum over its distinct rows of the squared sum of their weights (1 where

@@ -125,7 +125,7 @@ def test_the_secret_stays_inside(
     made.release(tmp_path / "released")
     secret = made._secret
     assert secret is not None
-    keys = [secret, *(s.noise_key for s in made.parts.shards), *optimizer._keys.values()]
+    keys = [secret, *(s.noise_key for s in made.parts.shards), optimizer._dense_key]
     captured = capfd.readouterr()
     texts = [captured.out, captured.err, caplog.text, repr(made), repr(made.parts)]
     texts += [repr(optimizer), repr(loader), repr(private), repr(made.parts.shards)]

@@ -93,7 +93,7 @@ def library(path: Path = FILE) -> ctypes.CDLL | None:
     loaded.dist_dp_settle.restype = None
     pointer, long, short = ctypes.c_void_p, ctypes.c_int64, ctypes.c_int32
     loaded.dist_dp_take_stale.argtypes = [
-        pointer, long, pointer, pointer, short, short, pointer, pointer, pointer, pointer,
+        pointer, long, pointer, pointer, short, short, short, pointer, pointer, pointer, pointer,
     ]  # fmt: skip
     loaded.dist_dp_take_stale.restype = long
     loaded.dist_dp_settle_tables.argtypes = [
@@ -204,13 +204,14 @@ def table(
 
 
 def take_stale(
-    tables: ctypes.Array[Table], ids: Sequence[torch.Tensor], to_step: int
+    tables: ctypes.Array[Table], ids: Sequence[torch.Tensor], older_than: int, to_step: int
 ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
     """Find and mark stale rows; see `dist_dp.kernels.tables`.
 
     Args:
         tables: the shards.
         ids: for each of them, contiguous, all int64 or all int32.
+        older_than: rows settled to this step or a later one are left out; at most `to_step`.
         to_step: the step the rows are to be settled to.
 
     Returns:
@@ -229,8 +230,8 @@ def take_stale(
     taken = torch.empty(number, dtype=torch.int64)
     where = ctypes.c_int64()
     wrong = _loaded().dist_dp_take_stale(
-        tables, number, pointers, counts, _KINDS[ids[0].dtype], to_step, rows.data_ptr(),
-        from_steps.data_ptr(), taken.data_ptr(), ctypes.byref(where),
+        tables, number, pointers, counts, _KINDS[ids[0].dtype], older_than, to_step,
+        rows.data_ptr(), from_steps.data_ptr(), taken.data_ptr(), ctypes.byref(where),
     )  # fmt: skip
     if wrong:
         last = tables[wrong - 1].num_rows

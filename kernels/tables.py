@@ -91,8 +91,10 @@ class TableSet:
 
     @outside_graphs
     @torch.no_grad()
-    def take_stale(self, ids: Sequence[torch.Tensor], to_step: int) -> Stale:
-        """The rows among `ids` that are settled to a step before `to_step`, each once.
+    def take_stale(
+        self, ids: Sequence[torch.Tensor], to_step: int, *, older_than: int | None = None
+    ) -> Stale:
+        """The rows among `ids` that are settled to a step before `older_than`, each once.
 
         They are marked in the histories as settled to `to_step`: the caller settles them before
         anything else.
@@ -100,11 +102,13 @@ class TableSet:
         Args:
             ids: for each shard, local rows in any order, repeats allowed, int64 or int32 [n].
             to_step: the step they are to be settled to.
+            older_than: at most `to_step`, which is the default.
 
         Raises:
             IndexError: an id is no row; nothing is marked then.
         """
         end = checks.integer(to_step, "to_step", 0, checks.MAX_STEP)
+        before = end if older_than is None else checks.integer(older_than, "older_than", 0, end)
         if len(ids) != len(self._weights):
             raise ValueError(f"ids: {len(self._weights)} tensors expected, {len(ids)} given")
         if not ids:
@@ -117,12 +121,12 @@ class TableSet:
                 ids = [checks.integers(i, "ids").to(torch.int64) for i in ids]
             if any(i.device.type != "cpu" or i.dim() != 1 for i in ids):
                 raise ValueError("ids: one dimension, on the CPU like the weights, expected")
-            return Stale(*native.take_stale(self._tables, [i.contiguous() for i in ids], end))
+            return Stale(*native.take_stale(self._tables, [i.contiguous() for i in ids], before, end))
         distinct = [
             torch.unique(checks.rows(checks.integers(i, "ids"), "ids", h.numel()))
             for i, h in zip(ids, self._histories, strict=True)
         ]
-        rows = [d[h[d] < end] for d, h in zip(distinct, self._histories, strict=True)]
+        rows = [d[h[d] < before] for d, h in zip(distinct, self._histories, strict=True)]
         from_steps = [h[r] for r, h in zip(rows, self._histories, strict=True)]
         for stale, history in zip(rows, self._histories, strict=True):
             history[stale] = end
@@ -140,6 +144,7 @@ class TableSet:
         scale: torch.Tensor,
         rounds: int = 20,
         grid: float | None = None,
+        note: bool = True,
     ) -> None:
         """In place: weight[r] <- decay * weight[r] + scale * z for the rows found.
 
@@ -152,6 +157,8 @@ class TableSet:
             scale: float64 [k], the standard deviation to add.
             rounds: ChaCha rounds.
             grid: as for `settle_rows`.
+            note: tell autograd that the weights changed. Without, a graph that saved a weight for
+                its backward can still use it: right only if it looked up other rows.
         """
         end = checks.integer(to_step, "to_step", 0, checks.MAX_STEP)
         if decay.shape != stale.rows.shape or scale.shape != stale.rows.shape:
@@ -163,8 +170,8 @@ class TableSet:
                 checks.rounds(rounds), checks.spacing(grid, self._weights[0].dtype),
                 isa=dispatch.chosen_isa(),
             )  # fmt: skip
-            for weight in self._weights:
-                increment_version(weight)
+            if note:
+                increment_version(self._weights)
             return
         sizes = stale.counts.tolist()
         columns = (stale.rows, stale.from_steps, decay, scale)

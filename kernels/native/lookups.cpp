@@ -23,14 +23,14 @@ int64_t first_outside(const Id *ids, int64_t count, int64_t num_rows) {
 }
 
 template <typename Id>
-int64_t take_stale(const Id *ids, int64_t count, int32_t *history, int32_t to_step, int64_t *rows,
-                   int32_t *from_steps) {
+int64_t take_stale(const Id *ids, int64_t count, int32_t *history, int32_t older_than,
+                   int32_t to_step, int64_t *rows, int32_t *from_steps) {
   int64_t taken = 0;
   for (int64_t i = 0; i < count; ++i) {
     if (i + kAhead < count) __builtin_prefetch(history + ids[i + kAhead], 1, 1);
     const int64_t row = ids[i];
     const int32_t step = history[row];
-    if (step >= to_step) continue;
+    if (step >= older_than) continue;
     // Marked at once, so that the row's next occurrence is not stale any more.
     history[row] = to_step;
     rows[taken] = row;
@@ -91,14 +91,14 @@ int64_t bag_repeats(const Id *ids, int64_t num_ids, const int64_t *lengths, int6
 
 }  // namespace
 
-// Rows last settled before to_step, each once, and the steps they were settled to; marks them as
-// settled to to_step. Table t reads counts[t] ids at ids[t]; its rows follow those of the tables
+// Rows last settled before older_than (at most to_step), each once, and the steps they were settled
+// to; marks them as settled to to_step. Table t reads counts[t] ids at ids[t]; its rows follow those of the tables
 // before it, and taken[t] says how many they are. Returns 0, or 1 + t if an id of table t is no
 // row of it, which is then in *where; nothing is written in that case.
 EXPORT int64_t dist_dp_take_stale(const Table *tables, int64_t num_tables, const void *const *ids,
-                                  const int64_t *counts, int32_t kind, int32_t to_step,
-                                  int64_t *rows, int32_t *from_steps, int64_t *taken,
-                                  int64_t *where) {
+                                  const int64_t *counts, int32_t kind, int32_t older_than,
+                                  int32_t to_step, int64_t *rows, int32_t *from_steps,
+                                  int64_t *taken, int64_t *where) {
   for (int64_t t = 0; t < num_tables; ++t) {
     const int64_t outside =
         kind == kInt32
@@ -112,9 +112,9 @@ EXPORT int64_t dist_dp_take_stale(const Table *tables, int64_t num_tables, const
   }
   for (int64_t t = 0; t < num_tables; ++t) {
     taken[t] = kind == kInt32 ? take_stale(static_cast<const int32_t *>(ids[t]), counts[t],
-                                           tables[t].history, to_step, rows, from_steps)
+                                           tables[t].history, older_than, to_step, rows, from_steps)
                               : take_stale(static_cast<const int64_t *>(ids[t]), counts[t],
-                                           tables[t].history, to_step, rows, from_steps);
+                                           tables[t].history, older_than, to_step, rows, from_steps);
     rows += taken[t];
     from_steps += taken[t];
   }

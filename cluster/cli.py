@@ -3,13 +3,13 @@
 from __future__ import annotations
 
 import json
-import sys
-from collections.abc import Callable
-from functools import wraps
 from pathlib import Path
-from typing import Annotated, Any, Literal, TypeVar
+from typing import Annotated, Any, Literal
 
 import typer
+
+from dist_dp.cluster.bench.commands import bench_app
+from dist_dp.cluster.readable_errors import readable_errors
 
 app = typer.Typer(
     help="Private training of recommenders with sharded embedding tables.",
@@ -19,8 +19,7 @@ app = typer.Typer(
 )
 budget_app = typer.Typer(help="Look at and set the privacy budgets in the ledger.")
 app.add_typer(budget_app, name="budget", no_args_is_help=True)
-
-Command = TypeVar("Command", bound=Callable[..., Any])
+app.add_typer(bench_app, name="bench", no_args_is_help=True)
 
 ConfigOption = Annotated[
     Path | None, typer.Option("--config", "-c", help="YAML file; see examples/.")
@@ -30,7 +29,9 @@ DataOption = Annotated[
 ]
 EpsilonOption = Annotated[float | None, typer.Option(help="Target ε of the run.")]
 DeltaOption = Annotated[float | None, typer.Option(help="δ; by default 0.1 / records.")]
-WorkersOption = Annotated[int | None, typer.Option(help="Number of Ray workers.")]
+WorkersOption = Annotated[
+    int | None, typer.Option("--num-workers", "--workers", help="Number of Ray workers.")
+]
 SkipOption = Annotated[bool, typer.Option("--skip-bad-rows", help="Count and leave out bad rows.")]
 ForceDeltaOption = Annotated[bool, typer.Option("--force-delta", help="Accept δ ≥ 1/records.")]
 BatchOption = Annotated[int, typer.Option(min=1, help="Examples at a time.")]
@@ -41,37 +42,6 @@ VerboseOption = Annotated[bool, typer.Option("--verbose", help="Show the librari
 LedgerOption = Annotated[
     Path | None, typer.Option(help="Path of the ledger; by default one place per user.")
 ]
-
-
-def _readable_errors(command: Command) -> Command:
-    """Our errors as one message and exit status 1; Ctrl-C as 130."""
-
-    @wraps(command)
-    def wrapped(*args: Any, **kwargs: Any) -> Any:
-        from dist_dp.errors import DistDpError
-
-        try:
-            return command(*args, **kwargs)
-        except DistDpError as error:
-            if kwargs.get("verbose"):
-                raise
-            _say(f"error: {error}")
-            raise typer.Exit(1) from None
-        except OSError as error:
-            # A full disk, a missing permission: the system's own words name place and reason.
-            if kwargs.get("verbose"):
-                raise
-            _say(f"error: {error}")
-            raise typer.Exit(1) from None
-        except KeyboardInterrupt:
-            _say("aborted; what was leased and not settled stays charged in the ledger")
-            raise typer.Exit(130) from None
-
-    return wrapped  # type: ignore[return-value]
-
-
-def _say(text: str) -> None:
-    print(text, file=sys.stderr)
 
 
 def _config(
@@ -97,7 +67,7 @@ def _config(
 
 
 @app.command()
-@_readable_errors
+@readable_errors
 def train(
     config: ConfigOption = None,
     data: DataOption = None,
@@ -118,16 +88,21 @@ def train(
     verbose: VerboseOption = False,
 ) -> None:
     """Train a model and release it with its privacy statement."""
+    from dist_dp.cluster.config import parse_overrides
     from dist_dp.cluster.console import print_summary, watched_fit
     from dist_dp.errors import ConfigError
 
     if resume is not None:
-        given = [config, data, epsilon, delta, num_workers, address, name, output, settings]
+        given = [config, data, epsilon, delta, name, output]
         if skip_bad_rows or allow_large_delta or any(value is not None for value in given):
             raise ConfigError(
-                "--resume goes on with the run's own configuration; leave the other options out"
+                "--resume goes on with the run's own configuration; leave the other options out "
+                "(but for --num-workers, --address and --set of cluster, sharding and checkpoints)"
             )
-        print_summary(*watched_fit(resume, verbose=verbose))
+        options = {"cluster.num_workers": num_workers, "cluster.address": address}
+        changes = {key: value for key, value in options.items() if value is not None}
+        changes |= parse_overrides(settings or [])
+        print_summary(*watched_fit(resume, changes, verbose=verbose))
         return
     resolved = _config(
         config,
@@ -148,7 +123,7 @@ def train(
 
 
 @app.command()
-@_readable_errors
+@readable_errors
 def plan(
     config: ConfigOption = None,
     data: DataOption = None,
@@ -187,7 +162,7 @@ def plan(
 
 
 @app.command()
-@_readable_errors
+@readable_errors
 def evaluate(
     run: Annotated[Path, typer.Argument(help="Run folder, or a released model.")],
     data: Annotated[str, typer.Option("--data", "-d", help="Held-out records.")],
@@ -215,7 +190,7 @@ def evaluate(
 
 
 @app.command()
-@_readable_errors
+@readable_errors
 def predict(
     run: Annotated[Path, typer.Argument(help="Run folder, or a released model.")],
     data: Annotated[str, typer.Option("--data", "-d", help="Records in the training format.")],
@@ -234,7 +209,7 @@ def predict(
 
 
 @app.command()
-@_readable_errors
+@readable_errors
 def export(
     run: Annotated[Path, typer.Argument(help="Run folder.")],
     to: Annotated[Path, typer.Option("--to", help="Folder to create.")],
@@ -247,7 +222,7 @@ def export(
 
 
 @app.command()
-@_readable_errors
+@readable_errors
 def convert(
     source: Annotated[Path, typer.Argument(help="File or folder of raw records.")],
     to: Annotated[Path, typer.Option("--to", help="Folder of the store to create.")],
@@ -277,7 +252,7 @@ def convert(
 
 
 @app.command()
-@_readable_errors
+@readable_errors
 def generate(
     out: Annotated[Path, typer.Argument(help="TSV file to write, in Criteo's layout.")],
     records: Annotated[int, typer.Option(min=1, help="Number of records.")] = 100_000,
@@ -298,7 +273,7 @@ def generate(
 
 
 @app.command()
-@_readable_errors
+@readable_errors
 def epsilon(
     noise_multiplier: Annotated[float | None, typer.Option(help="σ; or give --epsilon.")] = None,
     target_epsilon: Annotated[float | None, typer.Option("--epsilon", help="Target ε.")] = None,
@@ -334,7 +309,7 @@ def epsilon(
 
 
 @budget_app.command("show")
-@_readable_errors
+@readable_errors
 def budget_show(
     dataset: Annotated[str | None, typer.Argument(help="Data set; all by default.")] = None,
     ledger: LedgerOption = None,
@@ -346,7 +321,7 @@ def budget_show(
 
 
 @budget_app.command("set")
-@_readable_errors
+@readable_errors
 def budget_set(
     dataset: Annotated[str, typer.Argument(help="Data set.")],
     epsilon: Annotated[float, typer.Option(help="New total ε.")],
@@ -362,7 +337,7 @@ def budget_set(
 
 
 @app.command()
-@_readable_errors
+@readable_errors
 def demo(
     output: Annotated[Path, typer.Option(help="Folder for data, ledger and runs.")] = Path("runs"),
     records: Annotated[int, typer.Option(min=1, help="Records to generate.")] = 60_000,

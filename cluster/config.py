@@ -37,6 +37,15 @@ class _Section(BaseModel):
         return value
 
 
+CHANGEABLE = (
+    "cluster",
+    "model.sharding",
+    "train.checkpoint_every",
+    "train.checkpoint_mode",
+    "train.look_ahead",
+)
+"""What may change when a run goes on: where it runs and is saved, not what it computes."""
+
 Fraction = Annotated[float, Field(ge=0, le=1)]
 LayerSize = Annotated[int, Field(ge=1)]
 
@@ -141,6 +150,8 @@ class PrivacyConfig(_Section):
         delta: δ; by default 0.1 / number of training records.
         noise_multiplier: σ, instead of ``epsilon``.
         max_grad_norm: Clip norm C over all parameters together.
+        clip_schedule: Factor of ``max_grad_norm`` by step, as the learning rate's schedule with
+            ``base`` 1 (which may be left out); the noise follows, ε does not change.
         accountant: ``pld`` (tight) or ``rdp`` (for comparison).
         allow_large_delta: Accept δ ≥ 1 / number of records all the same.
         dataset_budget: Total of the data set, if the ledger does not know it yet; by default
@@ -156,12 +167,18 @@ class PrivacyConfig(_Section):
     delta: float | None = None
     noise_multiplier: Annotated[float, Field(gt=0)] | None = None
     max_grad_norm: Annotated[float, Field(gt=0)] = 1.0
+    clip_schedule: ScheduleConfig | None = None
     accountant: Literal["pld", "rdp"] = "pld"
     allow_large_delta: bool = False
     dataset_budget: BudgetConfig | None = None
     stop_at_budget: bool = False
     ledger: str | None = None
     seed: int | None = None
+
+    @field_validator("clip_schedule", mode="before")
+    @classmethod
+    def _factor(cls, value: Any) -> Any:
+        return {"base": 1.0, **value} if isinstance(value, dict) else value
 
     @field_validator("epsilon")
     @classmethod
@@ -220,30 +237,42 @@ class TrainConfig(_Section):
         epochs: Expected passes over the training records; or give ``steps``.
         steps: Number of steps.
         expected_batch_size: Mean Poisson batch, over all workers.
+        micro_batch_size: Most examples that a worker sees at a time; a batch then comes in parts
+            and needs less memory for dense layers, with the same result. By default whole.
         learning_rate: Schedule of the tables; a number is a constant rate.
         dense_learning_rate: Schedule of the dense layers; by default the tables'.
         table_optimizer: ``sgd``; with mechanism ``none`` also ``adagrad``, ``rowwise_adagrad``.
         dense_optimizer: ``sgd``, ``adagrad`` or ``adam``.
         weight_decay: Of tables and dense layers.
+        momentum: Of ``sgd``, for the tables and, if they use it too, the dense layers (PyTorch's,
+            no dampening, not Nesterov). It keeps 4 bytes more for each number of a table.
         evaluate_every: Steps between evaluations on the valid split; 0 for none.
         log_every: Steps between lines of the metrics table.
         lease_steps: Steps charged to the ledger at a time.
         checkpoint_every: Steps between private checkpoints to resume from; 0 for none. They hold
             the run's secret and are removed when the run is complete.
+        checkpoint_mode: ``async`` writes a copy in host memory while training goes on (the bytes
+            of the tables once more), ``sync`` stops until the tables themselves are written.
+        look_ahead: Send and settle the next batch's rows beside the dense part of this one
+            (``lazydp``); on a GPU on a stream of its own. It changes no result.
     """
 
     epochs: Annotated[float, Field(gt=0)] | None = None
     steps: Annotated[int, Field(ge=1)] | None = None
     expected_batch_size: Annotated[float, Field(gt=0)] = 1024
+    micro_batch_size: Annotated[int, Field(ge=1)] | None = None
     learning_rate: ScheduleConfig = ScheduleConfig(base=0.1)
     dense_learning_rate: ScheduleConfig | None = None
     table_optimizer: Literal["sgd", "adagrad", "rowwise_adagrad"] = "sgd"
     dense_optimizer: Literal["sgd", "adagrad", "adam"] = "sgd"
     weight_decay: Annotated[float, Field(ge=0)] = 0.0
+    momentum: Annotated[float, Field(ge=0, lt=1)] = 0.0
     evaluate_every: Annotated[int, Field(ge=0)] = 0
     log_every: Annotated[int, Field(ge=1)] = 1
     lease_steps: Annotated[int, Field(ge=1)] = 50
     checkpoint_every: Annotated[int, Field(ge=0)] = 0
+    checkpoint_mode: Literal["async", "sync"] = "async"
+    look_ahead: bool = False
 
     @field_validator("learning_rate", "dense_learning_rate", mode="before")
     @classmethod
@@ -261,6 +290,16 @@ class TrainConfig(_Section):
                 f"weight_decay: not supported with table_optimizer '{self.table_optimizer}'; "
                 "use sgd, or 0"
             )
+        if self.momentum and self.table_optimizer != "sgd":
+            raise ValueError(
+                f"momentum: not supported with table_optimizer '{self.table_optimizer}'; "
+                "use sgd, or 0"
+            )
+        if self.micro_batch_size is not None and self.table_optimizer != "sgd":
+            raise ValueError(
+                f"micro_batch_size: not supported with table_optimizer '{self.table_optimizer}', "
+                "which would take a step for each part of a batch; use sgd, or null"
+            )
         if self.learning_rate.base * self.weight_decay >= 1:
             raise ValueError("weight_decay: times the learning rate it must stay below 1")
         return self
@@ -271,6 +310,8 @@ class ClusterConfig(_Section):
 
     Attributes:
         num_workers: Workers; each holds a part of every row-wise table and of the records.
+        workers_per_node: Workers of a host, for ``dist-dp plan`` with ``table_row_wise`` or
+            ``grid``; by default all. A run asks Ray how many there are.
         address: A running Ray cluster (``auto``, ``ray://…`` or host:port); by default one is
             started on this machine.
         use_gpu: A GPU for each worker; by default if this machine has that many.
@@ -279,6 +320,7 @@ class ClusterConfig(_Section):
     """
 
     num_workers: Annotated[int, Field(ge=1)] = 1
+    workers_per_node: Annotated[int, Field(ge=1)] | None = None
     address: str | None = None
     use_gpu: bool | None = None
     cpus_per_worker: Annotated[float, Field(gt=0)] = 1
@@ -323,6 +365,8 @@ class RunConfig(_Section):
                 "noise.grid: mechanism 'none' adds no noise to put on a grid; remove it, or choose "
                 "lazydp"
             )
+        if self.train.momentum and self.noise.grid is not None:
+            raise ValueError("noise.grid: does not go with train.momentum; remove one of them")
         return self
 
     def to_yaml(self) -> str:

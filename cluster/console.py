@@ -4,11 +4,14 @@ from __future__ import annotations
 
 import math
 import time
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
-from rich.console import Console
+from rich.console import Console, RenderableType
+from rich.filesize import decimal
 from rich.live import Live
+from rich.progress_bar import ProgressBar
 from rich.table import Table
 from rich.text import Text
 
@@ -16,7 +19,10 @@ from dist_dp.cluster.config import RunConfig
 
 
 class ProgressLine:
-    """Renders progress as one line: step, loss, ε of ε, examples/s, time left."""
+    """Renders progress as one line: step, loss, ε of ε, examples/s, time left.
+
+    A release, which may write for long, has a bar.
+    """
 
     def __init__(self, console: Console) -> None:
         self._live = Live(Text(""), console=console, refresh_per_second=5, transient=True)
@@ -50,7 +56,18 @@ class ProgressLine:
                 self._console.print(f"{phase} …")
                 self._phase = phase
             return
-        self._live.update(Text(self.line(progress), no_wrap=True, overflow="ellipsis"))
+        self._live.update(self.shown(progress))
+
+    def shown(self, progress: dict[str, Any]) -> RenderableType:
+        """What a terminal shows."""
+        line = Text(self.line(progress), no_wrap=True, overflow="ellipsis")
+        if progress.get("phase") == "training" or "release_bytes" not in progress:
+            return line
+        done, total = progress["released_bytes"], progress["release_bytes"]
+        grid = Table.grid(padding=(0, 2))
+        bar = ProgressBar(total=total, completed=done, width=40)
+        grid.add_row(line, bar, f"{done / total:.0%} of {decimal(total)}")
+        return grid
 
     def line(self, progress: dict[str, Any]) -> str:
         """The text of the line."""
@@ -86,11 +103,14 @@ def _clock(seconds: float) -> str:
     return f"{hours}:{minutes:02d}:{rest:02d}" if hours else f"{minutes}:{rest:02d}"
 
 
-def watched_fit(run: RunConfig | Path, *, verbose: bool = False) -> tuple[dict[str, Any], Path]:
+def watched_fit(
+    run: RunConfig | Path, changes: Mapping[str, Any] | None = None, *, verbose: bool = False
+) -> tuple[dict[str, Any], Path]:
     """Trains with a live line.
 
     Args:
         run: What to train, or the folder of a run to go on with.
+        changes: Settings of a run that goes on that are other than before.
         verbose: Let libraries log.
 
     Returns:
@@ -102,7 +122,7 @@ def watched_fit(run: RunConfig | Path, *, verbose: bool = False) -> tuple[dict[s
         if isinstance(run, RunConfig):
             trainer = Trainer(run, verbose=verbose, watch=line)
         else:
-            trainer = Trainer.resumed(run, verbose=verbose, watch=line)
+            trainer = Trainer.resumed(run, changes, verbose=verbose, watch=line)
         summary = trainer.fit()
     assert trainer.run_folder is not None
     return summary, trainer.run_folder

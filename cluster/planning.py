@@ -100,6 +100,7 @@ def _tables(config: RunConfig, schema: DataSchema, plan: PrivacyPlan) -> list[di
     from dist_dp.sharding import (
         TableOptimizer,
         embedding_collections,
+        kind_of,
         plan_sharding,
         table_configs,
     )
@@ -114,24 +115,30 @@ def _tables(config: RunConfig, schema: DataSchema, plan: PrivacyPlan) -> list[di
             device_type="cuda" if config.cluster.use_gpu else "cpu",
             batch_size=max(1, int(plan.expected_batch_size / workers)),
             optimizer=TableOptimizer(config.train.table_optimizer),
+            local_size=config.cluster.workers_per_node,
         )
     tables: list[dict[str, Any]] = []
     for path, collection in embedding_collections(model).items():
         for table in table_configs(collection):
             parameter = plans[path][table.name]
-            shards = []
             if parameter.sharding_type == "data_parallel":
                 size = [table.num_embeddings, table.embedding_dim]
-                shards = [{"rank": r, "size": size} for r in range(workers)]
+                shards = [{"rank": r, "offset": [0, 0], "size": size} for r in range(workers)]
             else:
-                for shard in parameter.sharding_spec.shards:
-                    shards.append({"rank": shard.placement.rank(), "size": list(shard.shard_sizes)})
+                shards = [
+                    {
+                        "rank": shard.placement.rank(),
+                        "offset": list(shard.shard_offsets),
+                        "size": list(shard.shard_sizes),
+                    }
+                    for shard in parameter.sharding_spec.shards
+                ]
             tables.append(
                 {
                     "table": f"{path}.{table.name}",
                     "rows": table.num_embeddings,
                     "dim": table.embedding_dim,
-                    "kind": parameter.sharding_type,
+                    "kind": kind_of(parameter),
                     "bytes": 4 * table.num_embeddings * table.embedding_dim,
                     "shards": shards,
                 }
@@ -146,7 +153,7 @@ def _memory_by_worker(
     workers: defaultdict[int, dict[str, int]] = defaultdict(
         lambda: {"weights": 0, "history": 0, "optimizer": 0}
     )
-    state = _OPTIMIZER_BYTES[config.train.table_optimizer]
+    state = _OPTIMIZER_BYTES[config.train.table_optimizer] + (4 if config.train.momentum else 0)
     for table in tables:
         for shard in table["shards"]:
             rows, columns = shard["size"]
@@ -195,7 +202,7 @@ def print_report(report: dict[str, Any]) -> None:
         memory.add_row(str(number), *(size_text(v) for v in (*values, sum(values))))
     console.print(memory)
     sharding = Table(title="sharding", title_justify="left")
-    for column in ("table", "rows", "dim", "kind", "workers", "size"):
+    for column in ("table", "rows", "dim", "kind", "workers", "largest piece", "size"):
         sharding.add_column(column)
     for table in report["tables"]:
         ranks = sorted({s["rank"] for s in table["shards"]})
@@ -205,9 +212,15 @@ def print_report(report: dict[str, Any]) -> None:
             str(table["dim"]),
             table["kind"],
             ",".join(map(str, ranks)) if len(ranks) <= 8 else f"{len(ranks)} workers",
+            _largest_piece(table["shards"]),
             size_text(table["bytes"]),
         )
     console.print(sharding)
+
+
+def _largest_piece(shards: list[dict[str, Any]]) -> str:
+    rows, columns = max((s["size"] for s in shards), key=lambda size: size[0] * size[1])
+    return f"{rows:,} × {columns}"
 
 
 def size_text(count: float) -> str:

@@ -94,6 +94,15 @@ def keep_release(folder: Path) -> None:
 
 def write_summary(folder: Path, summary: dict[str, Any]) -> None:
     """Replaces the summary of a run, whole or not at all."""
-    partial = folder / ".summary.json.partial"
-    partial.write_text(json.dumps(summary, indent=2), encoding="utf-8")
-    partial.rename(folder / "summary.json")
+    _replace(folder / "summary.json", json.dumps(summary, indent=2))
+
+
+def write_config(folder: Path, config: str) -> None:
+    """Replaces the configuration that marks a run's folder, whole or not at all."""
+    _replace(folder / MARK, config)
+
+
+def _replace(path: Path, text: str) -> None:
+    partial = path.with_name(f".{path.name}.partial")
+    partial.write_text(text, encoding="utf-8")
+    partial.rename(path)

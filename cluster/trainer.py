@@ -7,14 +7,14 @@ import shutil
 import signal
 import threading
 import warnings
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
 from dist_dp.account import check_whole_run_fits, default_ledger_path
 from dist_dp.cluster.accountant import start_accountant
-from dist_dp.cluster.config import ClusterConfig, RunConfig, load_config
+from dist_dp.cluster.config import CHANGEABLE, ClusterConfig, RunConfig, load_config
 from dist_dp.cluster.job import Job
 from dist_dp.cluster.metrics_log import METRICS_FILE
 from dist_dp.cluster.monitor import start_monitor
@@ -26,9 +26,10 @@ from dist_dp.cluster.run_folder import (
     check_run_name_is_free,
     create_run_folder,
     read_summary,
+    write_config,
     write_summary,
 )
-from dist_dp.errors import DistDpError
+from dist_dp.errors import ConfigError, DistDpError
 from dist_dp.kernels import SlowKernelsWarning
 from dist_dp.plan import PrivacyPlan
 
@@ -65,22 +66,33 @@ class Trainer:
         self.run_folder: Path | None = None
 
     @classmethod
-    def resumed(cls, folder: str | Path, **options: Any) -> Trainer:
+    def resumed(
+        cls, folder: str | Path, changes: Mapping[str, Any] | None = None, **options: Any
+    ) -> Trainer:
         """A trainer that goes on with a run from its last checkpoint.
 
         Args:
             folder: The run folder.
+            changes: Settings by dotted key that are other than before: of the cluster, the
+                sharding and the checkpoints.
             **options: See the class.
 
         Raises:
             CheckpointError: The run has no checkpoint (``train.checkpoint_every``).
+            ConfigError: Another setting is among the changes.
         """
         from dist_dp.checkpoint import read_checkpoint_info
         from dist_dp.cluster.worker import checkpoint_folder
 
+        for key in changes or {}:
+            if not any(f"{key}.".startswith(f"{allowed}.") for allowed in CHANGEABLE):
+                raise ConfigError(
+                    f"'{key}' cannot be changed for a run that goes on, only "
+                    f"{', '.join(CHANGEABLE)}; start a new run instead"
+                )
         folder = Path(folder).resolve()
         read_checkpoint_info(checkpoint_folder(folder))
-        return cls(load_config(folder / MARK), resume=folder, **options)
+        return cls(load_config(folder / MARK, changes), resume=folder, **options)
 
     def fit(self) -> dict[str, Any]:
         """Runs to the end (or the end of the budget, or a first Ctrl-C).
@@ -107,7 +119,11 @@ class Trainer:
             )
             self.run_folder = folder
             try:
-                (folder / MARK).write_text(self.config.to_yaml(), encoding="utf-8")
+                write_config(folder, self.config.to_yaml())
+                if self.resume is not None:
+                    from dist_dp.release import publish_recorded
+
+                    publish_recorded(folder / "release", accountant, folder.name)
                 self._run(self._job(folder, prepared, ledger))
             except BaseException as error:
                 self._note_failure(folder, accountant, error)
@@ -148,10 +164,11 @@ class Trainer:
 
     def _note_failure(self, folder: Path, accountant: Any, error: BaseException) -> None:
         """A run that never took a step leaves no folder; another one keeps what it has."""
+        from dist_dp.checkpoint_folder import has_checkpoint
         from dist_dp.cluster.worker import checkpoint_folder
 
         aborted = isinstance(error, KeyboardInterrupt)
-        resumable = (checkpoint_folder(folder) / "checkpoint.json").exists()
+        resumable = has_checkpoint(checkpoint_folder(folder))
         metrics = folder / METRICS_FILE
         # The first line names the columns.
         began = metrics.exists() and len(metrics.read_text(encoding="utf-8").splitlines()) > 1

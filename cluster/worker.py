@@ -11,11 +11,13 @@ from typing import Any
 import torch
 
 from dist_dp import kernels
+from dist_dp.checkpoint import CheckpointWriter
 from dist_dp.cluster import quiet
-from dist_dp.cluster.config import RunConfig, TrainConfig
+from dist_dp.cluster.config import CHANGEABLE, RunConfig, TrainConfig
 from dist_dp.cluster.job import Job
 from dist_dp.cluster.run_folder import keep_release, write_summary
 from dist_dp.distributed import all_gather_cat, all_reduce_max, barrier, rank
+from dist_dp.errors import CheckpointError
 from dist_dp.schedules import learning_rate_at
 
 
@@ -74,7 +76,7 @@ class _Run:
             secret=None if seed is None else fixed_secret(seed),
             resume_from=self.checkpoint if job.resume else None,
             device=device,
-            settings={k: job.config[k] for k in ("data", "model", "privacy", "noise", "train")},
+            settings=settings_to_keep(job.config),
         )
         budget = privacy.dataset_budget
         self.model, self.optimizer, self.loader = self.engine.make_private_from_plan(
@@ -83,12 +85,20 @@ class _Run:
             optimizer=_dense_optimizer(config.train, model),
             data_loader=self.train_set,
             lease_steps=config.train.lease_steps,
-            table_optimizer=TableOptimizer(config.train.table_optimizer),
+            micro_batch_size=config.train.micro_batch_size,
+            table_optimizer=TableOptimizer(
+                config.train.table_optimizer, momentum=config.train.momentum
+            ),
             table_lr=config.train.learning_rate.base,
             budget=(budget.epsilon, budget.delta) if budget else None,
             fingerprint=self.train_set.fingerprint,
             stop_at_budget=privacy.stop_at_budget,
+            look_ahead=config.train.look_ahead,
         )
+        self.checkpoints: CheckpointWriter | None = None
+        if config.train.checkpoint_every:
+            background = config.train.checkpoint_mode == "async"
+            self.checkpoints = CheckpointWriter(self.engine, self.checkpoint, background=background)
         self.timer = self.engine.timer
         self.status = "completed"
         self.log = None
@@ -140,6 +150,7 @@ class _Run:
 
         train = self.config.train
         last = time.perf_counter()
+        seen: list[torch.Tensor] = []
         for batch in self.loader:
             step = self.loader.steps_drawn
             self._set_learning_rates(step)
@@ -152,12 +163,15 @@ class _Run:
             with self.timer.phase("backward"):
                 loss.backward()
             self.optimizer.step()
+            seen.append(losses.detach()[batch.is_real])
+            if self.optimizer.is_accumulating:
+                continue
             before = time.perf_counter()
             due = train.evaluate_every and step % train.evaluate_every == 0
             valid = self._evaluate("valid") if due else {}
             evaluating = time.perf_counter() - before
-            real = losses.detach()[batch.is_real]
-            row, stop = self._statistics(step, real, bool(valid))
+            row, stop = self._statistics(step, torch.cat(seen), bool(valid))
+            seen.clear()
             now = time.perf_counter()
             elapsed, last = now - last - evaluating, now
             self.step_seconds.append(elapsed)
@@ -166,24 +180,34 @@ class _Run:
             self._report(step, row, elapsed)
             every = train.checkpoint_every
             if every and step % every == 0 and not stop:
-                self._save_checkpoint()
+                with self.timer.paused():
+                    self._save_checkpoint()
                 last = time.perf_counter()
             if stop:
                 self.status = "interrupted"
                 self.loader.stop()
 
     def _save_checkpoint(self) -> None:
-        from dist_dp.checkpoint import save_checkpoint
+        assert self.checkpoints is not None
+        self.checkpoints.save()
 
-        with self.timer.paused():
-            save_checkpoint(self.engine, self.checkpoint)
+    def _finish_checkpoints(self) -> str | None:
+        """Waits for the one in flight; says why it failed, since a finished model needs it not."""
+        try:
+            if self.checkpoints is not None:
+                self.checkpoints.wait()
+        except CheckpointError as error:
+            if self.link is not None:
+                self.link.push({"phase": f"going on without the last checkpoint: {error}"})
+            return str(error)
+        return None
 
     def _set_learning_rates(self, step: int) -> None:
         train = self.config.train
         tables = learning_rate_at(train.learning_rate, step)
         dense = learning_rate_at(train.dense_learning_rate or train.learning_rate, step)
         for group in self.optimizer.param_groups:
-            group["lr"] = tables if group.get("name") == "tables" else dense
+            group["lr"] = tables if "tables" in group else dense
 
     def _statistics(
         self, step: int, losses: torch.Tensor, evaluated: bool
@@ -193,14 +217,18 @@ class _Run:
         assert stats is not None
         row: dict[str, float] = {}
         stop = self.link is not None and self.link.stop_requested
+        failed = self.checkpoints is not None and self.checkpoints.failed
         with self.timer.phase("communication"):
-            flag = all_reduce_max(torch.tensor([float(stop)], device=self.device))
+            flags = torch.tensor([float(stop), float(failed)], device=self.device)
+            stop, failed = (bool(flag) for flag in all_reduce_max(flags).tolist())
+            if failed and self.checkpoints is not None:
+                self.checkpoints.wait()  # Raises, on every rank.
             every = self.config.train.log_every
             if step % every == 0 or step == self.loader.steps or evaluated:
                 gathered = all_gather_cat(losses).cpu()
                 norms = all_gather_cat(stats.norms).cpu()
                 row = self._row(gathered, norms, stats.signal_to_noise)
-        return row, bool(flag.item() > 0)
+        return row, stop
 
     def _row(self, losses: torch.Tensor, norms: torch.Tensor, snr: float) -> dict[str, float]:
         private = self.engine.mechanism_class.private
@@ -211,7 +239,7 @@ class _Run:
             "learning_rate": float(self.optimizer.param_groups[0]["lr"]),
         }
         if private and norms.numel():
-            limit = self.engine.parts.plan.max_grad_norm
+            limit = self.engine.parts.plan.max_grad_norm_at(self.loader.steps_drawn)
             row["clip_fraction"] = float((norms > limit).float().mean())
             row["signal_to_noise"] = snr
             levels = torch.tensor([0.1, 0.5, 0.9, 0.99])
@@ -259,6 +287,7 @@ class _Run:
     def _finish(self) -> None:
         from dist_dp.cluster.summary import make_summary
 
+        failure = self._finish_checkpoints()
         if self.link is not None:
             self.link.push({"phase": "evaluating"})
         split = "test" if len(self._evaluable("test")) else "valid"
@@ -266,12 +295,16 @@ class _Run:
         if self.link is not None:
             self.link.push({"phase": "settling and releasing"})
         summary = make_summary(self, metrics, split if metrics else None)
+        if failure is not None:
+            summary["checkpoint_failure"] = failure
         keep = self.status == "interrupted" and bool(self.config.train.checkpoint_every)
         if keep:
             # Settled first, and saved before the release can be seen: the run goes on from exactly
             # the rows that are released.
             self.engine.parts.settle()
             self._save_checkpoint()
+        if self.checkpoints is not None:
+            self.checkpoints.close()
         if rank() == 0:
             keep_release(self.folder)
         barrier()
@@ -282,6 +315,7 @@ class _Run:
                 "columns": self.job.columns,
             },
             facts=summary.pop("card_facts"),
+            progress=self._report_release,
         )
         if rank() == 0:
             summary["release"] = str(released.relative_to(self.folder))
@@ -293,13 +327,33 @@ class _Run:
             shutil.rmtree(self.checkpoint.parent, ignore_errors=True)
         barrier()
 
+    def _report_release(self, done: int, total: int) -> None:
+        """Rank 0's share of the tables stands for all ranks': they write at the same time."""
+        if self.link is not None and total:
+            share = {"released_bytes": done, "release_bytes": total}
+            self.link.push({"phase": "settling and releasing", **share})
+
     def _evaluable(self, split: str) -> Any:
         return self.store.split(split) if split in self.store.split_names() else []
 
 
 def checkpoint_folder(run_folder: Path) -> Path:
-    """Where a run keeps its private checkpoint."""
+    """Where a run keeps its private checkpoints."""
     return run_folder / "private" / "checkpoint"
+
+
+def settings_to_keep(config: dict[str, Any]) -> dict[str, Any]:
+    """The settings that a resumed run must share: all but where and how often it is saved.
+
+    Workers, sharding and checkpoints bear neither on the guarantee nor, but for the order of
+    sums, on the model.
+    """
+    kept = {k: dict(config[k]) for k in ("data", "model", "privacy", "noise", "train")}
+    for key in CHANGEABLE:
+        section, _, name = key.partition(".")
+        if section in kept:
+            kept[section].pop(name, None)
+    return kept
 
 
 def fixed_secret(seed: int) -> bytes:
@@ -318,7 +372,8 @@ def _dense_optimizer(train: TrainConfig, model: torch.nn.Module) -> torch.optim.
         "adam": torch.optim.Adam,
     }
     base = (train.dense_learning_rate or train.learning_rate).base
+    momentum = {"momentum": train.momentum} if train.dense_optimizer == "sgd" else {}
     optimizer: torch.optim.Optimizer = kinds[train.dense_optimizer](
-        model.parameters(), lr=base, weight_decay=train.weight_decay
+        model.parameters(), lr=base, weight_decay=train.weight_decay, **momentum
     )
     return optimizer

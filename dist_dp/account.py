@@ -68,6 +68,21 @@ def _check_no_later_release(accountant: Any, run_id: str, step: int, settled: bo
         )
 
 
+def _check_steps_are_charged(accountant: Any, run_id: str, step: int) -> None:
+    """Refuses a ledger that knows of fewer steps than the checkpoint holds.
+
+    Every step is on the ledger's disk before it is taken, so such a ledger is another one, or an
+    older copy: what it allows is not what is left.
+    """
+    charged = accountant.run_steps(run_id)
+    if charged < step:
+        raise LedgerError(
+            f"the checkpoint of run '{run_id}' holds {step} steps, but the ledger has charged only "
+            f"{charged}: it is another ledger, or an older copy. Use the ledger that the run was "
+            "charged to."
+        )
+
+
 def open_account(
     accountant: Any,
     ledger: Path,
@@ -110,6 +125,8 @@ def open_account(
             event = plan.event()
             if resumed_at is not None:
                 _check_no_later_release(accountant, run_id, *resumed_at)
+                if event is not None:
+                    _check_steps_are_charged(accountant, run_id, resumed_at[0])
             else:
                 if event is not None:
                     accountant.register_dataset(

@@ -1,241 +1,291 @@
 """Training checkpoints: everything a run needs to go on, and nothing that may be published.
 
-A checkpoint is a folder (mode 0700)::
-
-    checkpoint.json            what it is; marked private
-    secret                     the run's key (mode 0600)
-    dense.safetensors          dense layers and their optimizer's state
-    schedule.safetensors       the noise schedule
-    shards-RANK.safetensors    weights and history of a rank's table shards, *not settled*
-
-Rows in it lack the noise that still waits for them, so the loader for serving refuses it.
+Written through torch.distributed.checkpoint, so that a run may go on with other workers and
+another sharding. :mod:`dist_dp.checkpoint_state` says what is in one,
+:mod:`dist_dp.checkpoint_folder` how it lies on disk. Rows in it lack the noise that still waits
+for them, so the loader for serving refuses it.
 """
 
 from __future__ import annotations
 
 import json
-import os
 import shutil
+from collections.abc import Callable, Mapping
+from concurrent.futures import Future, ThreadPoolExecutor
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import torch
-from torch import Tensor
+import torch.distributed as dist
+import torch.distributed.checkpoint as dcp
+from torch.distributed.checkpoint.api import CheckpointException
 
-from dist_dp.distributed import all_reduce_max, all_together, rank, world_size
-from dist_dp.errors import CheckpointError
+from dist_dp import checkpoint_folder as folders
+from dist_dp.checkpoint_folder import find_checkpoint, read_checkpoint_info, read_secret
+from dist_dp.checkpoint_state import Restored, numbers_of, pieces_of
+from dist_dp.checkpoint_storage import TensorReader, TensorWriter
+from dist_dp.checkpoint_tensors import PieceLoadPlanner, Pieces, PieceSavePlanner
+from dist_dp.distributed import all_reduce_max, all_together, broadcast_object, rank, world_size
+from dist_dp.errors import CheckpointError, DistDpError
 
 if TYPE_CHECKING:
     from dist_dp.engine import PrivacyEngine
     from dist_dp.private_model import PrivateModel
 
-FORMAT = "dist-dp-checkpoint"
-FORMAT_VERSION = 1
+__all__ = [
+    "CheckpointWriter",
+    "find_checkpoint",
+    "load_checkpoint",
+    "read_checkpoint_info",
+    "read_secret",
+    "save_checkpoint",
+]
+
+WRITE = "write the checkpoint"
 
 
-def save_checkpoint(engine: PrivacyEngine, folder: Path) -> Path:
-    """Writes a checkpoint, whole or not at all, in place of an older one; every rank calls it.
+class CheckpointWriter:
+    """Saves a run's checkpoints, one at a time. Same calls on every rank.
+
+    In the background, :meth:`save` copies this rank's shards to host memory (the bytes of its
+    tables once more, until they are written) and returns; a thread writes the copy. Otherwise it
+    writes straight from the live tensors and returns when all is on disk. What is written
+    is the same. Collectives of the thread have a process group of their own, so they do not mix
+    with the training's.
+
+    Guarantee:
+        None: a checkpoint is as secret as the records. It holds unsettled rows and the key from
+        which all noise of the run can be computed. A run that goes on from it takes the steps,
+        the batches and the noise that it would have taken, so its release is as private as if it
+        had never stopped; steps that run again are charged again.
+
+    Args:
+        engine: The engine, made private.
+        home: Folder of the run's checkpoints, on storage that all ranks share.
+        background: Go on training while it is written.
+    """
+
+    def __init__(self, engine: PrivacyEngine, home: Path, *, background: bool = True) -> None:
+        self._engine = engine
+        self._home = home
+        self._group = dist.new_group(backend="gloo")
+        self._threads = (
+            ThreadPoolExecutor(1, thread_name_prefix="checkpoint") if background else None
+        )
+        self._pending: Future[None] | None = None
+        if engine.checkpoints is not None:
+            engine.checkpoints.wait()
+        if background:
+            engine.checkpoints = self
+
+    @property
+    def failed(self) -> bool:
+        """Whether a checkpoint in flight is known here to have failed; never waits."""
+        pending = self._pending
+        return pending is not None and pending.done() and pending.exception() is not None
+
+    def save(self) -> None:
+        """Saves the engine's state between two steps.
+
+        Waits for the one in flight, if any.
+
+        Raises:
+            CheckpointError: This one, or the one before, could not be written; the last whole one
+                is kept.
+        """
+        self.wait()
+        engine, parts = self._engine, self._engine.parts
+        if any(not cut.linear for cut in parts.cuts):
+            raise CheckpointError(
+                "checkpoints support the table optimizer sgd; set train.checkpoint_every to 0"
+            )
+        all_together(lambda: _check_may_be_saved(parts), CheckpointError, WRITE)
+        info = _describe(engine)
+        pieces: Pieces = pieces_of(parts)
+        partial: list[Path] = []
+
+        def begin() -> None:
+            nonlocal pieces
+            if rank() == 0:
+                partial.append(folders.begin(self._home, engine.secret))
+            if self._threads is not None:
+                pieces = {name: [p.copied() for p in held] for name, held in pieces.items()}
+
+        all_together(begin, CheckpointError, WRITE)
+        folder = broadcast_object(partial[0] if partial else None)
+        assert folder is not None
+        if self._threads is None:
+            all_together(lambda: self._write(pieces, folder, info), CheckpointError, WRITE)
+        else:
+            self._pending = self._threads.submit(self._write, pieces, folder, info)
+
+    def _write(self, pieces: Pieces, partial: Path, info: dict[str, Any]) -> None:
+        """Writes and publishes; rank 0 removes what it could not finish."""
+        writer = TensorWriter(partial, rank(), lambda: _publish(partial, info))
+        try:
+            _through_dcp(
+                lambda: dcp.save(
+                    dict(pieces),
+                    storage_writer=writer,
+                    planner=PieceSavePlanner(),
+                    process_group=self._group,
+                )
+            )
+        except Exception:
+            if rank() == 0:
+                shutil.rmtree(partial, ignore_errors=True)
+            raise
+
+    def wait(self) -> None:
+        """Waits until the checkpoint in flight is whole.
+
+        Raises:
+            CheckpointError: On every rank, if it could not be written; said once.
+        """
+        pending, self._pending = self._pending, None
+        if pending is not None:
+            all_together(lambda: pending.result(), CheckpointError, WRITE)
+
+    def close(self) -> None:
+        """Waits, then gives thread and process group back; the last call."""
+        try:
+            self.wait()
+        finally:
+            if self._threads is not None:
+                self._engine.checkpoints = None
+                self._threads.shutdown()
+            dist.destroy_process_group(self._group)
+
+
+def save_checkpoint(engine: PrivacyEngine, home: Path) -> Path:
+    """Writes a checkpoint, whole or not at all, in place of older ones; every rank calls it.
 
     Args:
         engine: The engine, between two steps.
-        folder: Where it goes, on storage that all ranks share.
+        home: Folder of the run's checkpoints, on storage that all ranks share.
 
     Returns:
-        The folder.
+        The checkpoint's folder.
 
     Raises:
         CheckpointError: It could not be written; the older one is kept.
 
     Guarantee:
-        None: a checkpoint is as secret as the records. It holds unsettled rows and the key from
-        which all noise of the run can be computed.
+        See :class:`CheckpointWriter`.
     """
-    parts = engine.parts
-    if any(not cut.linear for cut in parts.cuts):
-        raise CheckpointError(
-            "checkpoints support the table optimizer sgd; set train.checkpoint_every to 0"
-        )
-    partial = folder.with_name(f".{folder.name}.partial")
-    old = folder.with_name(f".{folder.name}.old")
-
-    def prepare() -> None:
-        if rank() == 0:
-            shutil.rmtree(partial, ignore_errors=True)
-            partial.mkdir(parents=True, mode=0o700)
-
-    def write() -> None:
-        _save(partial / f"shards-{rank():05d}.safetensors", _shard_tensors(parts))
-        if rank() == 0:
-            _save(partial / "dense.safetensors", _dense_tensors(parts))
-            state = parts.mechanism.schedule.state_dict()
-            tensors = {k: v for k, v in state.items() if isinstance(v, Tensor)}
-            _save(partial / "schedule.safetensors", tensors)
-            _write_secret(partial / "secret", engine.secret)
-
-    layouts = _gather_layouts(parts)
-    step = parts.mechanism.schedule.step
-    behind = torch.tensor([float(any(not parts.mechanism.is_settled(s) for s in parts.shards))])
-    settled = not bool(all_reduce_max(behind.to(parts.device)).item())
-
-    def publish() -> None:
-        if rank() != 0:
-            return
-        info = {
-            "format": FORMAT,
-            "format_version": FORMAT_VERSION,
-            "note": "PRIVATE: not settled, holds the run's secret. Never publish or serve it.",
-            "step": step,
-            "settled": settled,
-            "settings": engine.settings,
-            "run_id": engine.run_id,
-            "dataset": engine.dataset,
-            "fixed_secret": engine.secret_is_given,
-            "plan": parts.plan.model_dump(),
-            "layout": layouts,
-        }
-        (partial / "checkpoint.json").write_text(json.dumps(info, indent=1), encoding="utf-8")
-        shutil.rmtree(old, ignore_errors=True)
-        if folder.exists():
-            folder.rename(old)
-        partial.rename(folder)
-        shutil.rmtree(old, ignore_errors=True)
-
-    for action in (prepare, write, publish):
-        all_together(action, CheckpointError, "write the checkpoint")
-    return folder
-
-
-def read_checkpoint_info(folder: Path) -> dict[str, Any]:
-    """The description of a checkpoint.
-
-    Raises:
-        CheckpointError: There is none, or of another version.
-    """
-    # A crash between the two renames of save_checkpoint leaves the older one under this name.
-    old = folder.with_name(f".{folder.name}.old")
-    if not folder.exists() and old.exists():
-        old.rename(folder)
-    path = folder / "checkpoint.json"
+    writer = CheckpointWriter(engine, home, background=False)
     try:
-        info: dict[str, Any] = json.loads(path.read_text(encoding="utf-8"))
-    except (OSError, ValueError) as error:
-        raise CheckpointError(
-            f"'{folder}' holds no checkpoint ({error}); a run saves them with "
-            "train.checkpoint_every"
-        ) from None
-    if info.get("format") != FORMAT or info.get("format_version") != FORMAT_VERSION:
-        raise CheckpointError(f"'{path}' is of another format or version than this package reads")
-    return info
-
-
-def read_secret(folder: Path) -> bytes:
-    """The secret of the run that a checkpoint belongs to.
-
-    Raises:
-        CheckpointError: It cannot be read.
-    """
-    try:
-        secret = (folder / "secret").read_bytes()
-    except OSError as error:
-        raise CheckpointError(f"cannot read the secret in '{folder}': {error.strerror}") from None
-    if len(secret) != 32:
-        raise CheckpointError(f"the secret in '{folder}' is damaged")
-    return secret
+        writer.save()
+    finally:
+        writer.close()
+    return find_checkpoint(home)
 
 
 def load_checkpoint(engine: PrivacyEngine, folder: Path) -> tuple[int, bool]:
     """Loads a checkpoint into an engine that was just made private; every rank calls it.
 
+    Number of workers and sharding may differ from those it was saved with: they bear on the
+    order in which gradients are added, and on nothing else. Each rank reads what it needs, in
+    place. Settings of the optimizers (learning rates) come back too, as with torch's own.
+
     Args:
-        engine: Same model, plan, sharding and number of workers as the one saved.
-        folder: The checkpoint.
+        engine: Same model, plan and settings as the one saved.
+        folder: The checkpoint, or the home of the run's checkpoints.
 
     Returns:
         The last finished step, and whether every row was settled.
 
     Raises:
-        CheckpointError: It is damaged, or of another run, plan, sharding or number of workers.
+        CheckpointError: It is damaged, or of another run, plan or model.
     """
-    from safetensors.torch import load_file
-
     parts = engine.parts
+    what = "read it"
+    folder = find_checkpoint(folder)
     info = read_checkpoint_info(folder)
-    layouts = _gather_layouts(parts)
-    for what, saved, now in (
-        ("number of workers or sharding", info["layout"], layouts),
+    for subject, saved, now in (
         ("privacy plan", info["plan"], parts.plan.model_dump()),
         ("run", info["run_id"], engine.run_id),
         ("training settings", info["settings"], engine.settings),
+        ("dense optimizer", info["dense_optimizer"], _kind_of_optimizer(parts)),
     ):
         if saved != json.loads(json.dumps(now)):
             raise CheckpointError(
-                f"the checkpoint '{folder}' was saved with another {what}; resume with the same "
-                "configuration"
+                f"the checkpoint '{folder}' was saved with another {subject}; resume with the "
+                "same configuration"
             )
+    reader = TensorReader(folder)
+    restored: list[Restored] = []
+
+    def begin() -> None:
+        folders.check_index(folder, info)
+        same_world = info["world_size"] == world_size()
+        restored.append(Restored(parts, reader.read_metadata(), same_world))
 
     def read() -> None:
-        schedule = load_file(folder / "schedule.safetensors")
-        parts.mechanism.schedule.load_state_dict({"step": info["step"], **schedule})
-        saved = load_file(folder / f"shards-{rank():05d}.safetensors")
-        for name, tensor in _shard_tensors(parts).items():
-            tensor.copy_(saved[name])
-        _load_dense(parts, load_file(folder / "dense.safetensors"))
+        _through_dcp(
+            lambda: dcp.load(
+                dict(restored[0].pieces),
+                storage_reader=reader,
+                planner=PieceLoadPlanner(),
+                process_group=group,
+            )
+        )
 
-    with torch.no_grad():
-        all_together(read, CheckpointError, f"read the checkpoint '{folder}'")
-    return int(info["step"]), bool(info["settled"])
-
-
-def _gather_layouts(parts: PrivateModel) -> list[Any]:
-    mine = [
-        [s.table, s.row_offset, s.column_offset, list(s.weight.shape), s.kind] for s in parts.shards
-    ]
-    layouts: list[Any] = [mine] * world_size()
-    if world_size() > 1:
-        torch.distributed.all_gather_object(layouts, mine)
-    return layouts
-
-
-def _shard_tensors(parts: PrivateModel) -> dict[str, Tensor]:
-    """Live tensors of this rank's shards, by name."""
-    tensors: dict[str, Tensor] = {}
-    for number, shard in enumerate(parts.shards):
-        tensors[f"{number}.weight"] = shard.weight
-        tensors[f"{number}.last_step"] = shard.last_step
-    return tensors
+    group = dist.new_group(backend="gloo")
+    try:
+        with torch.no_grad():
+            for action in (begin, read, lambda: restored[0].finish(info["numbers"])):
+                all_together(action, CheckpointError, what)
+    except CheckpointError as error:
+        raise CheckpointError(f"cannot go on from '{folder}': {error}") from error
+    finally:
+        dist.destroy_process_group(group)
+    return int(info["numbers"]["step"]), bool(info["settled"])
 
 
-def _dense_tensors(parts: PrivateModel) -> dict[str, Tensor]:
-    tensors: dict[str, Tensor] = {f"parameter.{n}": p for n, p in parts.recorder.parameters.items()}
-    if parts.optimizer.dense is not None:
-        for index, state in parts.optimizer.dense.state_dict()["state"].items():
-            for name, value in state.items():
-                tensors[f"optimizer.{index}.{name}"] = torch.as_tensor(value)
-    return tensors
+def _check_may_be_saved(parts: PrivateModel) -> None:
+    """Refuses what could not be released from a run that goes on, either."""
+    for shard in parts.shards:
+        shard.check_whole()
+    parts.check_fixed_unchanged()
 
 
-def _load_dense(parts: PrivateModel, saved: dict[str, Tensor]) -> None:
-    for name, parameter in parts.recorder.parameters.items():
-        parameter.copy_(saved[f"parameter.{name}"])
+def _describe(engine: PrivacyEngine) -> dict[str, Any]:
+    """What a checkpoint says about itself: simple types; every rank calls it."""
+    parts = engine.parts
+    behind = torch.tensor([float(any(not parts.mechanism.is_settled(s) for s in parts.shards))])
+    settled = not bool(all_reduce_max(behind.to(parts.device)).item())
+    return {
+        "numbers": numbers_of(parts),
+        "settled": settled,
+        "world_size": world_size(),
+        "settings": engine.settings,
+        "run_id": engine.run_id,
+        "dataset": engine.dataset,
+        "fixed_secret": engine.secret_is_given,
+        "plan": parts.plan.model_dump(),
+        "dense_optimizer": _kind_of_optimizer(parts),
+        "steps_charged": engine.steps_charged(),
+    }
+
+
+def _kind_of_optimizer(parts: PrivateModel) -> str | None:
     dense = parts.optimizer.dense
-    if dense is None:
-        return
-    state: dict[int, dict[str, Tensor]] = {}
-    for key, value in saved.items():
-        kind, _, rest = key.partition(".")
-        if kind == "optimizer":
-            index, _, name = rest.partition(".")
-            state.setdefault(int(index), {})[name] = value
-    dense.load_state_dict({"state": state, "param_groups": dense.state_dict()["param_groups"]})
+    return None if dense is None else type(dense).__name__
 
 
-def _save(path: Path, tensors: dict[str, Tensor]) -> None:
-    from safetensors.torch import save_file
-
-    save_file({n: t.detach().cpu().contiguous().clone() for n, t in tensors.items()}, path)
+def _publish(partial: Path, info: Mapping[str, Any]) -> None:
+    folders.publish(partial, info)
 
 
-def _write_secret(path: Path, secret: bytes) -> None:
-    descriptor = os.open(path, os.O_WRONLY | os.O_CREAT | os.O_EXCL, 0o600)
-    with os.fdopen(descriptor, "wb") as file:
-        file.write(secret)
+def _through_dcp(action: Callable[[], Any]) -> None:
+    """Runs a save or load of torch's; its failure is every rank's, whichever rank it struck.
+
+    Raises:
+        Exception: The first rank's that failed, our own before others.
+    """
+    try:
+        action()
+    except CheckpointException as failure:
+        errors = [error for error, _ in failure.failures.values()]
+        raise next((e for e in errors if isinstance(e, DistDpError)), errors[0]) from None

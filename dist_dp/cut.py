@@ -8,7 +8,8 @@ scaled gradient goes on through TorchRec: one all-to-all, one fused update.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
+import itertools
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -17,8 +18,9 @@ from torch import Tensor, nn
 
 from dist_dp.clipping.table_norms import TableUse, squared_norms, squared_norms_of_bags
 from dist_dp.errors import ConfigError, DataError, ModelError, ReleaseError
+from dist_dp.repairs import divide_means, work_without_rows
 from dist_dp.replicas import ReplicatedTables, sequence_lookup
-from dist_dp.rowless import work_without_rows
+from dist_dp.row_gradients import RowGradients, apply_to_state
 from dist_dp.sharding import TableOptimizer, table_configs
 from dist_dp.table_shard import TableShard
 from dist_dp.timing import PhaseTimer
@@ -52,11 +54,68 @@ class _Piece:
 
 @dataclass
 class _Call:
-    """One forward of a collection: its features, its output pieces, the width of each key."""
+    """One forward of a collection.
+
+    Attributes:
+        features: What was looked up.
+        pieces: The output's pieces by key ("" for all keys together).
+        dims: Width of each key, in order; empty for a sequence.
+        versions: Autograd's version counters of the shards' weights at the lookup.
+    """
 
     features: Any
     pieces: dict[str, _Piece]
     dims: dict[str, int]
+    versions: tuple[int, ...]
+
+
+class _Return:
+    """What goes back to the owners of a call's rows at its step's update, and the way there.
+
+    The looked-up values are free by now: the memory kept is that of the gradients, float
+    ``[batch, columns]``, and of the ids.
+    """
+
+    def __init__(self, call: _Call, coefficients: Tensor) -> None:
+        pieces = call.pieces.values()
+        self.edges = [torch.autograd.graph.get_gradient_edge(p.attached) for p in pieces]
+        self.gradients = [piece.scaled(coefficients) for piece in pieces]
+        self.versions = call.versions
+        self._keys = list(call.pieces)
+        self._dims = call.dims
+
+    def take_rates(self, rates: dict[str, float]) -> None:
+        """Multiplies the gradients by the learning rates, by name of the output."""
+        for key, gradient in zip(self._keys, self.gradients, strict=True):
+            by_key = [rates[key]] if key else [rates[name] for name in self._dims]
+            if len(set(by_key)) == 1:
+                gradient.mul_(by_key[0])
+                continue
+            widths = torch.tensor(list(self._dims.values()))
+            gradient.mul_(torch.tensor(by_key).repeat_interleave(widths).to(gradient.device))
+
+
+class _Distribution:
+    """Ids on their way to the owners of their rows."""
+
+    def __init__(self, features: Any, context: Any, sent: Any) -> None:
+        self.context = context
+        self._values = features.values()
+        # Once the lengths are there the ids are sent: here, so that ranks agree on the order of
+        # their collectives whichever thread waits for the ids.
+        self._sent = sent.wait()
+        self._local: Any = None
+
+    def serves(self, features: Any) -> bool:
+        """Whether these are the features that were sent: the same memory, unchanged."""
+        values = features.values()
+        return values.data_ptr() == self._values.data_ptr() and values.shape == self._values.shape
+
+    def wait(self) -> Any:
+        """The ids that arrived here."""
+        if self._local is None:
+            self._local = self._sent.wait()
+        return self._local
 
 
 class CutEmbeddings(nn.Module):
@@ -90,16 +149,25 @@ class CutEmbeddings(nn.Module):
         self.shards: list[TableShard] = []
         self.fused: list[Any] = []
         self.replicas: list[ReplicatedTables] = []
+        self.owned: list[RowGradients] = []
         # FBGEMM binds the learning rate at the lookup. SGD is linear in the gradient, so there it
         # stays 1 and the gradient carries the rate of the step; else it is set at the lookup.
         self.linear = optimizer.kind == "sgd"
         self.learning_rate: Callable[[], float] = lambda: 0.0
         self._bound_rate = 1.0
+        # Optimizer group by unique table name; groups may differ in learning rate.
+        self.group_of: dict[str, int] = {}
         # Set by benchmarks, for TorchRec's own step on the same tables; nothing private runs then.
         self.plain = False
         self.timer = PhaseTimer()
         self._watches: list[LookupWatch] = []
+        self._reads_of: dict[nn.Module, Callable[[Any], list[tuple[TableShard, Tensor]]]] = {}
+        self._ahead: _Distribution | None = None
         self._calls: list[_Call] = []
+        self._held: list[_Return] = []
+        self._kernels: list[tuple[Any, list[TableShard], list[int], ReplicatedTables | None]] = []
+        if self.pooled:
+            divide_means(sharded, self.configs, kinds)
         self._find_shards(kinds)
 
     def embedding_bag_configs(self) -> list[Any]:
@@ -158,26 +226,55 @@ class CutEmbeddings(nn.Module):
             if not self.pooled and shards[0].weight.device.type == "cpu":
                 kernel.forward = sequence_lookup(kernel, shards, feature_counts)
 
+        self._kernels.append((kernel, shards, feature_counts, replicas))
+
+        def reads_of(features: Any) -> list[tuple[TableShard, Tensor]]:
+            bounds, values = features.offset_per_key(), features.values()
+            ends = list(itertools.accumulate(feature_counts, initial=0))
+            return [
+                (shard, values[bounds[start] : bounds[end]])
+                for shard, start, end in zip(shards, ends, ends[1:], strict=False)
+            ]
+
+        self._reads_of[kernel] = reads_of
+
         def before(_module: nn.Module, args: tuple[Any, ...]) -> None:
             if self.plain:
                 return
-            features = args[0]
-            bounds = features.offset_per_key()
-            values = features.values()
-            reads: list[tuple[TableShard, Tensor]] = []
-            start = 0
-            for index, (shard, count) in enumerate(zip(shards, feature_counts, strict=True)):
-                rows = values[bounds[start] : bounds[start + count]]
-                start += count
+            reads = reads_of(args[0])
+            for index, (shard, rows) in enumerate(reads):
                 if shard.replicated:
                     rows = shard.rows_of_all_ranks(rows)
+                    reads[index] = (shard, rows)
                 if replicas is not None and self.training and torch.is_grad_enabled():
                     replicas.note(index, rows)
-                reads.append((shard, rows))
             for watch in self._watches:
                 watch(reads)
 
         kernel.register_forward_pre_hook(before)
+
+    def own_updates(self) -> None:
+        """Takes the update away from kernels with shards whose state is more than a weight.
+
+        Their gradients come out by row and go into the momentum, or the float32 value of a
+        half-precision weight (:mod:`dist_dp.row_gradients`). Called once, when the shards' state
+        is allocated.
+        """
+        for kernel, shards, feature_counts, replicas in self._kernels:
+            if all(s.momentum is None and s.low is None for s in shards):
+                continue
+            if replicas is not None:
+                self.replicas.remove(replicas)
+            self.owned.append(
+                RowGradients(
+                    kernel,
+                    shards,
+                    feature_counts,
+                    pooled=self.pooled,
+                    apply=apply_to_state,
+                    replicas=replicas,
+                )
+            )
 
     def watch_lookups(self, watch: LookupWatch) -> None:
         """Calls ``watch`` before every lookup, on the rank that owns the rows."""
@@ -215,12 +312,44 @@ class CutEmbeddings(nn.Module):
 
     def _look_up(self, features: Any) -> Any:
         """TorchRec's own forward, taken apart so that communication is seen for what it is."""
-        context = self.sharded.create_context()
+        ahead, self._ahead = self._ahead, None
+        if ahead is None or not ahead.serves(features):
+            ahead = self._distribute(features)
         with self.timer.phase("communication"):
-            local = self.sharded.input_dist(context, features).wait().wait()
-        output = self.sharded.compute_and_output_dist(context, local)
+            local = ahead.wait()
+        output = self.sharded.compute_and_output_dist(ahead.context, local)
         with self.timer.phase("communication"):
             return output.wait()
+
+    def _distribute(self, features: Any) -> _Distribution:
+        context = self.sharded.create_context()
+        with self.timer.phase("communication"):
+            return _Distribution(features, context, self.sharded.input_dist(context, features))
+
+    def look_ahead(self, features: Any) -> None:
+        """Starts sending the next batch's ids to their owners; the next forward uses them.
+
+        A collective: every rank calls it at the same point of a step.
+        """
+        if self.pooled and not self.weighted and features.weights_or_none() is not None:
+            features = _without_weights(features)
+        self._check(features)
+        self._ahead = self._distribute(features)
+
+    def rows_ahead(self) -> list[list[tuple[TableShard, Tensor]]]:
+        """What the lookups of the batch ahead will read here, kernel by kernel, replicas left out.
+
+        Waits for the ids to arrive.
+        """
+        if self._ahead is None:
+            return []
+        found = []
+        for lookup, features in zip(self.sharded._lookups, self._ahead.wait(), strict=True):
+            parts = features.split(lookup._feature_splits)
+            for kernel, part in zip(lookup._emb_modules, parts, strict=True):
+                reads = self._reads_of[kernel](part)
+                found.append([(shard, rows) for shard, rows in reads if not shard.replicated])
+        return found
 
     def _in_order(self, output: Any) -> Any:
         """The output with its keys in the order of the unsharded collection.
@@ -274,7 +403,8 @@ class CutEmbeddings(nn.Module):
 
         piece = _Piece(output.values(), lengths=None)
         keys, dims = output.keys(), output.length_per_key()
-        self._calls.append(_Call(features, {"": piece}, dict(zip(keys, dims, strict=True))))
+        widths = dict(zip(keys, dims, strict=True))
+        self._calls.append(_Call(features, {"": piece}, widths, self._versions()))
         return KeyedTensor(keys=keys, length_per_key=dims, values=piece.leaf)
 
     def _cut_sequence(self, features: Any, output: Any) -> Any:
@@ -289,8 +419,11 @@ class CutEmbeddings(nn.Module):
                 lengths=jagged.lengths(),
                 weights=jagged.weights_or_none(),
             )
-        self._calls.append(_Call(features, pieces, {}))
+        self._calls.append(_Call(features, pieces, {}, self._versions()))
         return result
+
+    def _versions(self) -> tuple[int, ...]:
+        return tuple(shard.weight._version for shard in self.shards)
 
     @property
     def batch(self) -> int | None:
@@ -358,7 +491,7 @@ class CutEmbeddings(nn.Module):
         tables = zip(self.configs, self.output_names, strict=True)
         return [(config, names) for config, names in tables if len(names) == 1]
 
-    def backward(self, coefficients: Tensor, learning_rate: float) -> None:
+    def backward(self, coefficients: Tensor, rates: Sequence[float]) -> None:
         """Sends the scaled gradient on and updates the tables.
 
         Every rank must call this once a step: it communicates.
@@ -366,25 +499,69 @@ class CutEmbeddings(nn.Module):
         Args:
             coefficients: float ``[batch]``: clip factor of each example divided by the expected
                 batch size; 0 for padding.
-            learning_rate: Step size of the update.
+            rates: Step size of the update, by group of tables.
 
         Raises:
             ConfigError: The learning rate of an Adagrad changed between forward and step.
         """
-        if not self.linear and learning_rate != self._bound_rate:
+        if not self.linear and rates[0] != self._bound_rate:
             raise ConfigError(
                 f"the tables' learning rate changed from {self._bound_rate:g} to "
-                f"{learning_rate:g} between forward and optimizer.step(); call the learning-rate "
+                f"{rates[0]:g} between forward and optimizer.step(); call the learning-rate "
                 "scheduler after optimizer.step()"
             )
-        pieces = [p for call in self._calls for p in call.pieces.values()]
-        if pieces:
-            scale = coefficients * learning_rate if self.linear else coefficients
-            torch.autograd.backward([p.attached for p in pieces], [p.scaled(scale) for p in pieces])
-        self._calls.clear()
+        by_name = self._rates_by_name(rates)
+        one_rate = set(by_name.values()).pop() if len(set(by_name.values())) == 1 else None
+        if one_rate is not None:
+            # One rate for all goes with the coefficients: no pass over the gradient of its own.
+            coefficients = coefficients * one_rate
+        for returns, has_rate in (
+            (self._held, False),
+            (self._returns(coefficients), one_rate is not None),
+        ):
+            for back in returns:
+                if not has_rate:
+                    back.take_rates(by_name)
+                self._send(back)
+        self._held = []
         for replica in self.replicas:
             # The gradient that reaches replicas carries the rate as well.
             replica.apply()
+        for owned in self.owned:
+            owned.apply()
+
+    def _send(self, back: _Return) -> None:
+        """Takes a scaled gradient back to the rows' owners, where it updates them.
+
+        Every lookup of the step is made by now, so none can see an update. Since this one other
+        rows were settled, and updates of this step may have been made: nothing that the way back
+        reads, which is ids and gradients, so autograd's guard against that is set aside.
+        """
+        weights = tuple(shard.weight for shard in self.shards)
+        if weights:
+            torch._C._autograd._unsafe_set_version_counter(weights, back.versions)
+        torch.autograd.backward(back.edges, back.gradients)
+
+    def hold(self, coefficients: Tensor) -> None:
+        """Keeps a micro-batch's scaled gradient for its step's :meth:`backward`; sends nothing.
+
+        Args:
+            coefficients: As for :meth:`backward`.
+        """
+        self._held += self._returns(coefficients)
+
+    def _returns(self, coefficients: Tensor) -> list[_Return]:
+        """What the calls at hand send back; they are forgotten."""
+        calls, self._calls = self._calls, []
+        return [_Return(call, coefficients) for call in calls]
+
+    def _rates_by_name(self, rates: Sequence[float]) -> dict[str, float]:
+        """What each output's gradient is scaled by; 1 where the kernels have the rate."""
+        return {
+            name: rates[self.group_of.get(self.table_id(config.name), 0)] if self.linear else 1.0
+            for config, names in zip(self.configs, self.output_names, strict=True)
+            for name in names
+        }
 
     @property
     def has_gradients(self) -> bool:
@@ -419,10 +596,15 @@ class CutEmbeddings(nn.Module):
         )
 
     def clear(self) -> None:
-        """Forgets recorded forwards without updating anything."""
+        """Forgets the forward at hand without updating anything; what is held is kept."""
         self._calls.clear()
+        if self._held:
+            # Rows noted by the forward that is dropped stay noted: their gradient is zero.
+            return
         for replica in self.replicas:
             replica.clear()
+        for owned in self.owned:
+            owned.clear()
 
 
 def _by_width(tables: list[tuple[Any, list[str]]]) -> list[list[tuple[Any, list[str]]]]:

@@ -3,14 +3,15 @@
 from __future__ import annotations
 
 import errno
+import os
 from collections.abc import Callable
-from typing import TypeVar
+from typing import Any, TypeVar
 
 import torch
 import torch.distributed as dist
 from torch import Tensor
 
-from dist_dp.errors import DistDpError
+from dist_dp.errors import ConfigError, DistDpError
 
 T = TypeVar("T")
 
@@ -32,6 +33,44 @@ def rank() -> int:
 def world_size() -> int:
     """Number of processes, 1 without a process group."""
     return dist.get_world_size() if dist.is_initialized() else 1
+
+
+def local_world_size() -> int:
+    """Processes on this host: LOCAL_WORLD_SIZE, as torchrun and Ray Train set it; else all.
+
+    Raises:
+        ConfigError: The variable is no number of processes.
+    """
+    given = os.environ.get("LOCAL_WORLD_SIZE")
+    if given is None:
+        return world_size()
+    if not given.isdecimal() or not 1 <= int(given) <= world_size():
+        raise ConfigError(
+            f"LOCAL_WORLD_SIZE is '{given}'; it must be the number of processes on this host, "
+            f"from 1 to {world_size()}: unset it, or start the workers with torchrun"
+        )
+    return int(given)
+
+
+def agree_on_hosts() -> None:
+    """Makes sure that hosts have equally many ranks, consecutive ones; every rank calls it.
+
+    TorchRec's node-wise sharding assumes both, and assumes 8 ranks a host where LOCAL_WORLD_SIZE
+    is not set: so it is set here.
+
+    Raises:
+        ConfigError: On every rank alike, if it is otherwise.
+    """
+    size = local_world_size()
+    place = int(os.environ.get("LOCAL_RANK", rank() % size))
+    found = all_gather_cat(torch.tensor([size, place])).view(-1, 2).tolist()
+    if found != [[size, number % size] for number in range(world_size())] or world_size() % size:
+        raise ConfigError(
+            "table_row_wise and grid need the same number of workers on every host, with "
+            f"consecutive ranks, but (workers on the host, place among them) is {found} by rank; "
+            "change the number of workers, or choose row_wise, column_wise or table_wise"
+        )
+    os.environ["LOCAL_WORLD_SIZE"] = str(size)
 
 
 def all_reduce_sum(value: Tensor) -> Tensor:
@@ -70,6 +109,15 @@ def all_gather_cat(value: Tensor) -> Tensor:
     parts = [torch.empty_like(padded) for _ in counts]
     dist.all_gather(parts, padded)
     return torch.cat([p[:c] for p, c in zip(parts, counts, strict=True)])
+
+
+def all_gather_objects(value: T) -> list[T]:
+    """Every rank's object (simple types, small), in rank order."""
+    if world_size() == 1:
+        return [value]
+    found: list[Any] = [None] * world_size()
+    dist.all_gather_object(found, value)
+    return found
 
 
 def barrier() -> None:

@@ -28,16 +28,25 @@ from torch import nn
 
 from dist_dp import kernels
 from dist_dp.account import default_ledger_path, open_account
-from dist_dp.checkpoint import load_checkpoint, read_checkpoint_info, read_secret
+from dist_dp.checkpoint import (
+    CheckpointWriter,
+    load_checkpoint,
+    read_checkpoint_info,
+    read_secret,
+)
 from dist_dp.distributed import broadcast_object, ensure_process_group, rank
 from dist_dp.errors import ConfigError, DistDpError
 from dist_dp.leases import StepLeases
 from dist_dp.loader import PoissonLoader, as_source
+from dist_dp.look_ahead import FeaturesOf, LookAhead
 from dist_dp.mechanisms import mechanism_class
 from dist_dp.optimizer import LossReduction, PrivateOptimizer
+from dist_dp.optimizer_settings import optimizer_settings, rates_of
 from dist_dp.plan import PrivacyPlan
-from dist_dp.private_model import PrivateModel, build_private_model, optimizer_settings
+from dist_dp.private_model import PrivateModel, build_private_model
+from dist_dp.release_progress import Report, progress_callback
 from dist_dp.sampling import PoissonSampler
+from dist_dp.schedules import ScheduleConfig
 from dist_dp.sharding import ShardingKind, TableOptimizer
 from dist_dp.timing import PhaseTimer
 
@@ -59,8 +68,9 @@ class PrivacyEngine:
         accountant: Rank 0's accountant; by default the ledger at ``ledger``, in this process.
         ledger: Path of the ledger; see :func:`default_ledger_path`.
         run_id: The run's name in the ledger; by default a new one.
-        resume_from: A training checkpoint of this run to go on from; see
-            :mod:`dist_dp.checkpoint`.
+        resume_from: A training checkpoint of this run to go on from, or the folder that
+            :func:`dist_dp.checkpoint.save_checkpoint` was given. Workers and sharding may be
+            others than before.
         secret: 32-byte secret for reproducible tests. Leave it out: the operating system makes
             one. A given secret marks the run as not private.
         device: Where tables and dense layers live; by default where the model is.
@@ -105,6 +115,8 @@ class PrivacyEngine:
         self._ledger_path = Path(ledger) if ledger else default_ledger_path()
         self._parts: PrivateModel | None = None
         self._loader: PoissonLoader | None = None
+        # Set by a writer in the background: a release waits for what is in flight.
+        self.checkpoints: CheckpointWriter | None = None
         # Without a device the model's is not known yet, unless there is only one kind.
         if self.mechanism_class.private and (self.device or not torch.cuda.is_available()):
             kernels.warn_if_slow(self.device or "cpu")
@@ -132,13 +144,21 @@ class PrivacyEngine:
         epochs: float | None = None,
         steps: int | None = None,
         expected_batch_size: float | None = None,
+        clip_schedule: ScheduleConfig | None = None,
         **options: Any,
     ) -> tuple[nn.Module, PrivateOptimizer, PoissonLoader]:
         """As :meth:`make_private`, with the noise calibrated to (ε, δ) over the planned steps."""
         plan = self._plan(
-            data_loader, None, max_grad_norm, None, epochs, steps, expected_batch_size
+            data_loader,
+            None,
+            max_grad_norm,
+            None,
+            epochs,
+            steps,
+            expected_batch_size,
+            clip_schedule,
         ).calibrate(target_epsilon, target_delta)
-        plan = self._with_grid(plan, optimizer, options.get("table_lr"))
+        plan = self._with_grid(plan, module, optimizer, options)
         return self.make_private_from_plan(
             plan, module=module, optimizer=optimizer, data_loader=data_loader, **options
         )
@@ -155,6 +175,7 @@ class PrivacyEngine:
         epochs: float | None = None,
         steps: int | None = None,
         expected_batch_size: float | None = None,
+        clip_schedule: ScheduleConfig | None = None,
         **options: Any,
     ) -> tuple[nn.Module, PrivateOptimizer, PoissonLoader]:
         """Shards the model, cuts it at its tables, and couples it to a private loader.
@@ -162,7 +183,8 @@ class PrivacyEngine:
         Args:
             module: A model with TorchRec collections inside; it is changed in place.
             optimizer: Over ``module.parameters()``; its kind and settings are taken for the dense
-                layers, its learning rate and weight decay for the tables too.
+                layers, its learning rate, weight decay and momentum for the tables too. With
+                several parameter groups each table and layer follows its own.
             data_loader: A torch DataLoader over a map-style data set (its ``batch_size`` becomes
                 the expected batch size over all ranks), or a data set of ``dist_dp.datasets``.
             noise_multiplier: σ.
@@ -171,9 +193,11 @@ class PrivacyEngine:
             epochs: Planned passes; or give ``steps``.
             steps: Planned steps.
             expected_batch_size: Mean Poisson batch over all ranks.
+            clip_schedule: Factor of ``max_grad_norm`` by step; see :class:`PrivacyPlan`.
             **options: ``loss_reduction`` (``mean`` over the batch or ``sum``), ``lease_steps``,
-                ``table_optimizer`` (a :class:`~dist_dp.sharding.TableOptimizer`), ``budget``
-                (total ``(ε, δ)`` of the data set if it is new in the ledger).
+                ``micro_batch_size`` (most examples a rank sees at a time),
+                ``table_optimizer`` (a :class:`~dist_dp.sharding.TableOptimizer`), ``look_ahead``,
+                ``budget`` (total ``(ε, δ)`` of the data set if it is new in the ledger).
 
         Returns:
             The private model, optimizer and loader.
@@ -191,8 +215,9 @@ class PrivacyEngine:
             epochs,
             steps,
             expected_batch_size,
+            clip_schedule,
         )
-        plan = self._with_grid(plan, optimizer, options.get("table_lr"))
+        plan = self._with_grid(plan, module, optimizer, options)
         return self.make_private_from_plan(
             plan, module=module, optimizer=optimizer, data_loader=data_loader, **options
         )
@@ -206,6 +231,7 @@ class PrivacyEngine:
         epochs: float | None,
         steps: int | None,
         expected_batch_size: float | None,
+        clip_schedule: ScheduleConfig | None,
     ) -> PrivacyPlan:
         records = len(as_source(data_loader))
         size = expected_batch_size or getattr(data_loader, "batch_size", None)
@@ -222,15 +248,25 @@ class PrivacyEngine:
             steps=steps if steps is not None else math.ceil((epochs or 0) * records / size),
             delta=delta if delta is not None else 0.1 / max(1, records),
             noise_rounds=self.noise_rounds,
+            clip_schedule=clip_schedule,
         )
 
     def _with_grid(
-        self, plan: PrivacyPlan, optimizer: torch.optim.Optimizer, table_lr: float | None
+        self,
+        plan: PrivacyPlan,
+        module: nn.Module,
+        optimizer: torch.optim.Optimizer,
+        options: Mapping[str, Any],
     ) -> PrivacyPlan:
-        """The plan with its noise grid resolved, for a constant learning rate of the tables."""
-        rate = float(table_lr if table_lr is not None else optimizer.param_groups[0]["lr"])
-        deviation = rate * plan.noise_on_sum / plan.expected_batch_size
-        return plan.with_noise_grid(self.noise_grid, deviation, deviation)
+        """The plan with its noise grid resolved, for constant learning rates of the tables."""
+        if self.noise_grid is None:
+            return plan
+        settings = optimizer_settings(
+            optimizer, options.get("table_optimizer"), options.get("table_lr")
+        )
+        unit = plan.noise_on_sum / plan.expected_batch_size
+        least, most = rates_of(settings.table_groups(module))
+        return plan.with_noise_grid(self.noise_grid, least * unit, most * unit)
 
     def make_private_from_plan(
         self,
@@ -243,9 +279,11 @@ class PrivacyEngine:
         lease_steps: int = 50,
         table_optimizer: TableOptimizer | None = None,
         table_lr: float | None = None,
+        micro_batch_size: int | None = None,
         budget: tuple[float, float] | None = None,
         fingerprint: str | None = None,
         stop_at_budget: bool = False,
+        look_ahead: bool | FeaturesOf = False,
     ) -> tuple[nn.Module, PrivateOptimizer, PoissonLoader]:
         """As :meth:`make_private`, from a plan made elsewhere (the trainer's way).
 
@@ -258,11 +296,17 @@ class PrivacyEngine:
             lease_steps: Steps charged to the ledger at a time.
             table_optimizer: Fused optimizer of the tables; by default the kind of ``optimizer``.
             table_lr: Learning rate of the tables; by default the optimizer's.
+            micro_batch_size: Most examples that a rank sees at a time: a step's batch then comes
+                in several parts (see :class:`PoissonLoader`), with the same result up to the
+                order of sums. For tables with SGD.
             budget: Total (ε, δ) of the data set if the ledger does not know it; by default what
                 this run will spend.
             fingerprint: Identifies the records in the ledger.
             stop_at_budget: Start although the data set's budget does not allow all planned steps,
                 and stop when it is used up; otherwise such a run is refused at once.
+            look_ahead: Send and settle the next batch beside the dense part of this one; a function
+                says which features of a batch each collection gets. See
+                :mod:`dist_dp.look_ahead`.
 
         Returns:
             The private model, optimizer and loader.
@@ -274,6 +318,12 @@ class PrivacyEngine:
             )
         settings = optimizer_settings(optimizer, table_optimizer, table_lr)
         self.mechanism_class.check_optimizer(settings.tables.kind)
+        if micro_batch_size is not None and settings.tables.kind != "sgd":
+            raise ConfigError(
+                f"micro_batch_size {micro_batch_size} does not go with the table optimizer "
+                f"'{settings.tables.kind}', which would take a step for each part of a batch: use "
+                "sgd for the tables, or leave out micro_batch_size"
+            )
         ensure_process_group()
         secret = self._agree_on_secret()
         self._parts = build_private_model(
@@ -314,8 +364,12 @@ class PrivacyEngine:
             plan.steps,
             self.timer,
             resumed_at[0] if resumed_at else 0,
+            micro_batch_size,
         )
         self._loader = loader
+        if look_ahead:
+            given = None if look_ahead is True else look_ahead
+            LookAhead(module, self._parts.optimizer, loader, given)
         return module, self._parts.optimizer, loader
 
     @property
@@ -340,22 +394,33 @@ class PrivacyEngine:
         charged: int = self.accountant.run_steps(self.run_id)
         return max(steps, charged)
 
-    def release(self, destination: str | Path, **details: Any) -> Path:
+    def release(
+        self, destination: str | Path, *, progress: bool | Report = False, **details: Any
+    ) -> Path:
         """Settles every row and writes the model; the only way to get one out.
 
         Args:
             destination: Folder to create; it must not exist.
+            progress: Show a progress bar if a person watches a terminal (rank 0's share), or a
+                function to call with this rank's bytes written and bytes to write.
             **details: Passed to :func:`dist_dp.release.write_release`.
 
         Returns:
             The folder.
+
+        Raises:
+            CheckpointError: A checkpoint in flight could not be written; a second call releases.
+            ReleaseError: See :func:`dist_dp.release.write_release`.
         """
         from dist_dp.release import write_release
 
+        if self.checkpoints is not None:
+            self.checkpoints.wait()
         if self._loader is not None:
             # A loop that was left early still holds a lease; give back what never began.
             self._loader.leases.close(self._loader.steps_drawn)
-        return write_release(self, Path(destination), **details)
+        with progress_callback(progress) as report:
+            return write_release(self, Path(destination), progress=report, **details)
 
     def _agree_on_secret(self) -> bytes:
         """Rank 0's secret, on every rank."""

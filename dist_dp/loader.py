@@ -5,6 +5,7 @@ from __future__ import annotations
 import time
 from collections.abc import Callable, Iterator
 from concurrent.futures import Future, ThreadPoolExecutor
+from dataclasses import dataclass
 from typing import Any, Protocol
 
 import numpy as np
@@ -112,11 +113,26 @@ def as_source(data: Any) -> BatchSource:
     )
 
 
+@dataclass(frozen=True)
+class _Part:
+    """A step's batch, or one of its micro-batches: the first ``num_real`` of ``size`` count."""
+
+    number: int
+    is_last: bool
+    num_real: int
+    size: int
+    batch: Any
+
+
 class PoissonLoader:
     """Iterates over the planned steps of a private run.
 
     Each batch goes to exactly one ``optimizer.step()``. Iteration ends after the planned steps,
     when :meth:`stop` was called, or when the budget is used up (``leases.refusal`` says why).
+
+    With ``micro_batch_size`` the Poisson batch of a step comes in parts, one after another, as
+    many on every rank; the optimizer clips and adds them up, and takes the step with the last one
+    (``optimizer.is_accumulating`` is true before). A step costs the ledger the same either way.
 
     Guarantee:
         Every record is in each batch independently with the plan's sample rate (Poisson), over
@@ -131,6 +147,7 @@ class PoissonLoader:
         steps: Planned steps.
         timer: Where to note the time of phases.
         done: Steps finished before, by a run that is resumed.
+        micro_batch_size: Most examples that a rank gets at a time; by default the whole batch.
     """
 
     def __init__(
@@ -142,9 +159,12 @@ class PoissonLoader:
         steps: int,
         timer: PhaseTimer | None = None,
         done: int = 0,
+        micro_batch_size: int | None = None,
     ) -> None:
         if len(source) == 0:
             raise DataError("the training data set is empty")
+        if micro_batch_size is not None and micro_batch_size < 1:
+            raise ConfigError(f"micro_batch_size is {micro_batch_size}; give at least 1, or None")
         self.source = source
         self.leases = leases
         self.steps = steps
@@ -153,9 +173,13 @@ class PoissonLoader:
         self._state = state
         self._stopped = False
         self._done = done
+        self._micro_batch_size = micro_batch_size
+        self._ahead: Future[_Part] | None = None
+        # The sample of one step, for the thread that reads.
+        self._sample: tuple[int, Indices, int] = (0, np.empty(0, dtype=np.int64), 0)
 
     def __len__(self) -> int:
-        """Planned steps."""
+        """Planned steps; micro-batches are not counted."""
         return self.steps
 
     @property
@@ -163,41 +187,59 @@ class PoissonLoader:
         """Steps whose batch was drawn so far."""
         return self._done
 
+    def peek(self) -> Any | None:
+        """The (micro-)batch that comes next, None if this is the last; waits until it is read.
+
+        It is charged when the iteration gives it, not before: nothing computed from it may leave.
+        """
+        return None if self._ahead is None or self._stopped else self._ahead.result().batch
+
     def stop(self) -> None:
-        """Ends the iteration before the next batch; call it on every rank."""
+        """Ends the iteration before the next step's batch; call it on every rank."""
         self._stopped = True
 
-    def _read(self, step: int) -> tuple[int, int, Any]:
+    def _read(self, step: int, number: int) -> _Part:
+        """One part of a step's batch; parts are of nearly equal size."""
         start = time.perf_counter()
-        indices, padded = self._sampler.local(step, rank(), world_size())
+        if self._sample[0] != step:
+            self._sample = (step, *self._sampler.local(step, rank(), world_size()))
+        _, indices, padded = self._sample
+        parts = 1 if self._micro_batch_size is None else -(-padded // self._micro_batch_size)
+        first, end = (padded * n // parts for n in (number, number + 1))
+        mine = indices[first:end]
         sampled = time.perf_counter()
-        batch = self.source.fetch(indices, padded)
+        batch = self.source.fetch(mine, end - first)
         # In a thread of its own, beside the step before: not part of the critical path.
         self.timer.note("sampling", sampled - start)
         self.timer.note("fetch", time.perf_counter() - sampled)
-        return len(indices), padded, batch
+        return _Part(number, number == parts - 1, len(mine), end - first, batch)
 
     def __iter__(self) -> Iterator[Any]:
         """Yields the batches of the steps that are left."""
-        ahead: Future[tuple[int, int, Any]] | None = None
         with ThreadPoolExecutor(1, thread_name_prefix="private-loader") as pool:
             try:
-                while self._done < self.steps and not self._stopped:
-                    step = self._done + 1
-                    with self.timer.phase("ledger"):
-                        covered = self.leases.cover(step)
-                    if not covered:
-                        break
+                step, number = self._done + 1, 0
+                while number > 0 or (step <= self.steps and not self._stopped):
+                    if number == 0:
+                        with self.timer.phase("ledger"):
+                            covered = self.leases.cover(step)
+                        if not covered:
+                            break
                     with self.timer.phase("data"):
-                        reading = ahead or pool.submit(self._read, step)
-                        count, padded, batch = reading.result()
+                        part = (self._ahead or pool.submit(self._read, step, number)).result()
+                        following = (step + 1, 0) if part.is_last else (step, number + 1)
                         # Reading one batch ahead hides the data's latency; a batch read and
                         # never yielded has no effect on anything that is kept.
-                        ahead = pool.submit(self._read, step + 1) if step < self.steps else None
-                    self._state.begin(step, count, padded)
+                        more = following[0] <= self.steps
+                        self._ahead = pool.submit(self._read, *following) if more else None
+                    self._state.begin(
+                        step, part.num_real, part.size, part=number, is_last=part.is_last
+                    )
                     self._done = step
-                    yield batch
+                    yield part.batch
+                    step, number = following
             finally:
-                if ahead is not None:
-                    ahead.cancel()
+                if self._ahead is not None:
+                    self._ahead.cancel()
+                    self._ahead = None
                 self.leases.close(self._done)

@@ -52,9 +52,10 @@ def model_card(privacy: dict[str, Any], name: str, facts: dict[str, Any]) -> str
     lines += [
         "## Files",
         "",
-        "`dense.safetensors` holds everything outside the tables; `tables/NAME/*.parquet` hold the "
-        "embedding tables (columns `row` and `embedding`); `release.json` names every file with "
-        "its sha256. Load with `dist_dp.released.load_release(folder, model)`.",
+        "`dense.safetensors` holds everything outside the tables; `tables/NAME/*.arrow` hold the "
+        "embedding tables (Arrow IPC, also known as Feather; columns `row` and `embedding`); "
+        "`release.json` names every file with its size and sha256. Load with "
+        "`dist_dp.released.load_release(folder, model)`.",
         "",
     ]
     return "\n".join(lines)

@@ -57,6 +57,49 @@ def is_representable(deviation: float) -> bool:
     return deviation == 0 or SMALLEST_DEVIATION <= deviation < LARGEST_DEVIATION
 
 
+def check_step(
+    step: int,
+    learning_rate: float,
+    noise_multiplier: float,
+    max_grad_norm: float,
+    expected_batch_size: float,
+    weight_decay: float,
+) -> tuple[float, float]:
+    """Check a step's settings, before anything is recorded.
+
+    Returns:
+        The decay factor 1 - eta lambda as a float64 and its rounding error.
+
+    Raises:
+        ConfigError: a value is out of range.
+    """
+    at_least_zero = {
+        "learning_rate": learning_rate,
+        "noise_multiplier": noise_multiplier,
+        "weight_decay": weight_decay,
+    }
+    positive = {"max_grad_norm": max_grad_norm, "expected_batch_size": expected_batch_size}
+    for name, value in (at_least_zero | positive).items():
+        if not math.isfinite(value) or value < 0 or (name in positive and value == 0):
+            bound = "above 0" if name in positive else "at least 0"
+            raise ConfigError(f"step {step}: {name} is {value}; give a finite number {bound}")
+    product, error = _two_product(float(learning_rate), float(weight_decay))
+    factor, low = _two_sum(1.0, -product)
+    factor, low = _two_sum(factor, low - error)
+    if not factor > 0:
+        raise ConfigError(
+            f"step {step}: learning_rate * weight_decay = {product} must be below 1; "
+            "lower the learning rate or the weight decay"
+        )
+    deviation = step_deviation(learning_rate, noise_multiplier, max_grad_norm, expected_batch_size)
+    if not is_representable(deviation):
+        raise ConfigError(
+            f"step {step}: noise of standard deviation {deviation} cannot be "
+            "represented; check learning_rate, noise_multiplier and max_grad_norm"
+        )
+    return factor, low
+
+
 class NoiseSchedule:
     """Prefix sums of a run's noise: decay and standard deviation between any two steps.
 
@@ -118,35 +161,9 @@ class NoiseSchedule:
         Raises:
             ConfigError: a value is out of range. Nothing is recorded then.
         """
-        at_least_zero = {
-            "learning_rate": learning_rate,
-            "noise_multiplier": noise_multiplier,
-            "weight_decay": weight_decay,
-        }
-        positive = {"max_grad_norm": max_grad_norm, "expected_batch_size": expected_batch_size}
-        for name, value in (at_least_zero | positive).items():
-            if not math.isfinite(value) or value < 0 or (name in positive and value == 0):
-                bound = "above 0" if name in positive else "at least 0"
-                raise ConfigError(
-                    f"step {self._step + 1}: {name} is {value}; give a finite number {bound}"
-                )
-        product, error = _two_product(float(learning_rate), float(weight_decay))
-        factor, low = _two_sum(1.0, -product)
-        factor, low = _two_sum(factor, low - error)
-        if not factor > 0:
-            raise ConfigError(
-                f"step {self._step + 1}: learning_rate * weight_decay = {product} must be below 1; "
-                "lower the learning rate or the weight decay"
-            )
-        deviation = step_deviation(
-            learning_rate, noise_multiplier, max_grad_norm, expected_batch_size
-        )
-        if not is_representable(deviation):
-            raise ConfigError(
-                f"step {self._step + 1}: noise of standard deviation {deviation} cannot be "
-                "represented; check learning_rate, noise_multiplier and max_grad_norm"
-            )
-
+        settings = (learning_rate, noise_multiplier, max_grad_norm, expected_batch_size)
+        factor, low = check_step(self._step + 1, *settings, weight_decay)
+        deviation = step_deviation(*settings)
         t = self._step + 1
         self._reserve(t + 1)
         data = self._data

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Any, Literal, NoReturn
 
@@ -14,9 +14,11 @@ from dist_dp.clipping.recorder import DenseRecorder, DenseSums
 from dist_dp.cut import CutEmbeddings
 from dist_dp.distributed import all_reduce_sum
 from dist_dp.errors import ConfigError, DistDpError, ModelError
-from dist_dp.mechanisms.base import Mechanism
+from dist_dp.mechanisms.base import Mechanism, Schedule
+from dist_dp.momentum_schedule import MomentumSchedule
 from dist_dp.noise_grid import check_spacing
-from dist_dp.noise_schedule import NoiseSchedule
+from dist_dp.noise_schedule import NoiseSchedule, check_step
+from dist_dp.optimizer_settings import TableGroup
 from dist_dp.plan import PrivacyPlan
 from dist_dp.step_state import StepState
 from dist_dp.timing import PhaseTimer
@@ -46,16 +48,16 @@ class StepStats:
 class PrivateOptimizer(torch.optim.Optimizer):
     """Takes one DP-SGD step on sharded tables and dense layers for each ``step()``.
 
-    Looks like the optimizer it replaces: ``param_groups[0]`` is the tables (its ``lr`` and
-    ``weight_decay`` are what the fused update and the noise schedule use), the rest are the
-    dense optimizer's groups, so PyTorch's learning-rate schedulers work.
+    Looks like the optimizer it replaces: the first of ``param_groups`` are the groups of tables
+    (named ``tables``, ``tables.1``, …; their ``lr`` and ``weight_decay`` are what updates and noise
+    schedules use), the rest are the dense optimizer's, so PyTorch's learning-rate schedulers work.
 
     Guarantee:
         Per-example gradients over *all* trained parameters together are scaled to an l2 norm of
-        at most ``plan.max_grad_norm`` and summed, so one record more or less moves the sum by at
-        most that (add-or-remove-one); noise of standard deviation ``noise_multiplier *
-        max_grad_norm`` is added to every coordinate of the sum, dense layers here and tables by
-        the mechanism; the result is divided by the *expected* batch size, since the actual one
+        at most the step's clip norm C and summed, so one record more or less moves the sum by at
+        most C (add-or-remove-one); noise of standard deviation ``noise_multiplier`` C is added to
+        every coordinate of the sum, dense layers here and tables by the mechanism; the result is
+        divided by the *expected* batch size, since the actual one
         is private. Padding examples count zero. Assumes that the model treats examples one by
         one (see :func:`dist_dp.probe.check_outputs_independent`) and a secret noise key.
 
@@ -68,8 +70,7 @@ class PrivateOptimizer(torch.optim.Optimizer):
 
     Args:
         dense: Optimizer over the dense parameters, or None if the model has none.
-        table_lr: Initial learning rate of the tables.
-        table_weight_decay: Weight decay of the tables (coupled, as in SGD).
+        tables: The groups of tables, as the mechanism's schedules and the shards number them.
         cuts: The cut collections.
         recorder: The dense layers' recorder.
         mechanism: The noise mechanism.
@@ -84,8 +85,7 @@ class PrivateOptimizer(torch.optim.Optimizer):
         self,
         *,
         dense: torch.optim.Optimizer | None,
-        table_lr: float,
-        table_weight_decay: float,
+        tables: Sequence[TableGroup],
         cuts: list[CutEmbeddings],
         recorder: DenseRecorder,
         mechanism: Mechanism,
@@ -95,13 +95,18 @@ class PrivateOptimizer(torch.optim.Optimizer):
         loss_reduction: LossReduction = "mean",
         timer: PhaseTimer | None = None,
     ) -> None:
-        tables: dict[str, Any] = {
-            "params": [],
-            "lr": table_lr,
-            "weight_decay": table_weight_decay,
-            "name": "tables",
-        }
-        super().__init__([tables], {})
+        groups: list[dict[str, Any]] = [
+            {
+                "params": [],
+                "lr": group.lr,
+                "weight_decay": group.weight_decay,
+                "name": f"tables.{number}" if number else "tables",
+                "tables": group.tables,
+            }
+            for number, group in enumerate(tables)
+        ]
+        super().__init__(groups, {})
+        self._table_groups = self.param_groups[:]
         if dense is not None:
             self.param_groups.extend(dense.param_groups)
         self.dense = dense
@@ -114,15 +119,21 @@ class PrivateOptimizer(torch.optim.Optimizer):
         self.last_stats: StepStats | None = None
         # Set by zero_grad after a forward without backward: the next forward replaces it.
         self.superseded = False
+        # The step's settings, once the schedules hold it; None before.
+        self._recorded: list[tuple[float, float]] | None = None
+        # Called at the end of a step's update: what runs beside it must be over by then.
+        self.before_step_ends: list[Callable[[], None]] = []
         self._state = state
+        self._norms: list[Tensor] = []
+        self._parts_added = 0
         for cut in cuts:
-            cut.learning_rate = self._table_rate
+            cut.learning_rate = lambda: self._table_rates()[0]
         # One stream for all dense parameters, in the recorder's order.
         self._dense_key = kernels.derive_key(secret, "dense", "parameters")
         self._sums = DenseSums(recorder.parameters)
 
     @property
-    def schedule(self) -> NoiseSchedule:
+    def schedule(self) -> Schedule:
         """The mechanism's record of steps (of the first group of tables)."""
         return self.mechanism.schedule
 
@@ -168,7 +179,11 @@ class PrivateOptimizer(torch.optim.Optimizer):
     def step(self, closure: Callable[[], float] | None = None) -> None:  # type: ignore[override]
         """Clips, communicates, adds noise and updates, for the batch in flight.
 
-        Every rank calls it once a step.
+        Every rank calls it once a batch. For a micro-batch that is not its step's last it clips
+        and adds up, and that is all: noise, communication, update and the schedules' next step
+        come once, with the last one. Until then each micro-batch costs the memory of its tables'
+        output gradients (4 bytes for each example and column) and of its ids; dense activations
+        are those of one micro-batch.
 
         Args:
             closure: Not supported (must be None).
@@ -190,49 +205,113 @@ class PrivateOptimizer(torch.optim.Optimizer):
                 "evaluation, and loss.backward() before optimizer.step()"
             )
         is_real = self._state.take(batch)
-        device = self._device()
+        part = self._state.part
+        if part == 0:
+            self._parts_added = 0
+        elif part != self._parts_added:
+            # Without it the step would leave out records because of what another one holds.
+            raise DistDpError(
+                f"micro-batch {self._parts_added + 1} of step {self._state.step} failed: the step "
+                "cannot be taken without it. Resume from the last checkpoint"
+            )
+        device = self.device
         is_real = is_real.to(device)
         with self.timer.phase("clip"):
             norms, coefficients = self._coefficients(is_real)
             sums = self._sums
-            sums.flat.zero_()
+            if part == 0:
+                sums.flat.zero_()
+                self._norms.clear()
             self.recorder.add_clipped_sums(coefficients, sums)
+            self._norms.append(norms[is_real])
+            self._parts_added = part + 1
+        per_example = coefficients / self.plan.expected_batch_size
+        if self.is_accumulating:
+            with self.timer.phase("clip"):
+                for cut in self.cuts:
+                    cut.hold(per_example)
+            self.forget()
+            return
         with self.timer.phase("communication"):
             all_reduce_sum(sums.flat)
-        step = self.schedule.step + 1
+        step = self.step_in_flight
         with self.timer.phase("noise"):
             signal_to_noise = self._noise_dense(sums, step)
-        tables = self.param_groups[0]
-        lr, decay = float(tables["lr"]), float(tables["weight_decay"])
         # The noise is owed before the first gradient is in: should the update fail half-way, a
         # release still settles it.
-        self.schedule.advance(
-            learning_rate=lr,
-            noise_multiplier=self.plan.noise_multiplier or 0.0,
-            max_grad_norm=self.plan.max_grad_norm,
-            expected_batch_size=self.plan.expected_batch_size,
-            weight_decay=decay,
-        )
+        self.record_step()
+        self._recorded = None
         with self.timer.phase("update"):
-            table_lr = self._table_rate()
-            per_example = coefficients / self.plan.expected_batch_size
+            rates = self._table_rates()
             for cut in self.cuts:
-                cut.backward(per_example, table_lr)
+                cut.backward(per_example, rates)
             self._update_dense(sums)
         with self.timer.phase("noise"):
             self.mechanism.after_update([s for c in self.cuts for s in c.shards])
+        for finish in self.before_step_ends:
+            finish()
         self.forget()
-        norms = norms[is_real]
-        clipped = int((norms > self.plan.max_grad_norm).sum()) if self.mechanism.private else 0
+        norms = torch.cat(self._norms)
+        limit = self.plan.max_grad_norm_at(step)
+        clipped = int((norms > limit).sum()) if self.mechanism.private else 0
         self.last_stats = StepStats(norms, clipped, signal_to_noise)
 
-    def _table_rate(self) -> float:
-        """The tables' step size; the decay of a step is applied later, with its noise."""
-        tables = self.param_groups[0]
-        lr = float(tables["lr"])
-        return lr / (1.0 - lr * float(tables["weight_decay"]))
+    @property
+    def is_accumulating(self) -> bool:
+        """Whether the batch drawn last is a micro-batch that others of its step will follow.
 
-    def _device(self) -> torch.device:
+        After ``step()`` it says whether that only clipped and added up: nothing was updated then,
+        and ``last_stats`` are still those of the step before.
+        """
+        return not self._state.is_last
+
+    def record_step(self) -> None:
+        """Records the step in flight in the schedules, once; look-ahead does so before its update.
+
+        Raises:
+            ConfigError: It was recorded with another learning rate or weight decay.
+        """
+        settings = [(float(g["lr"]), float(g["weight_decay"])) for g in self._table_groups]
+        if self._recorded is None:
+            noise = {
+                "noise_multiplier": self.plan.noise_multiplier or 0.0,
+                "max_grad_norm": self.plan.max_grad_norm_at(self.step_in_flight),
+                "expected_batch_size": self.plan.expected_batch_size,
+            }
+            # All or none: the groups' schedules stay at the same step.
+            for lr, decay in settings:
+                check_step(self.schedule.step + 1, lr, weight_decay=decay, **noise)
+            for schedule, (lr, decay) in zip(self.mechanism.schedules, settings, strict=True):
+                schedule.advance(lr, weight_decay=decay, **noise)
+            self._recorded = settings
+        elif self._recorded != settings:
+            raise ConfigError(
+                f"step {self.schedule.step}: the tables' learning rate or weight decay changed "
+                f"from {self._recorded} to {settings} between the forward and optimizer.step(), "
+                "but look_ahead has drawn noise for it; call schedulers after optimizer.step()"
+            )
+
+    @property
+    def step_in_flight(self) -> int:
+        """Number of the step whose gradient comes next."""
+        return self.schedule.step + (self._recorded is None)
+
+    def _table_rates(self) -> list[float]:
+        """What the gradient of each group of tables is scaled by.
+
+        The step size (the decay of a step is applied later, with its noise); with momentum, what
+        puts it into the momentum before the step's transition is applied.
+        """
+        return [
+            1.0 / schedule.momentum
+            if isinstance(schedule, MomentumSchedule)
+            else float(g["lr"]) / (1.0 - float(g["lr"]) * float(g["weight_decay"]))
+            for schedule, g in zip(self.mechanism.schedules, self._table_groups, strict=True)
+        ]
+
+    @property
+    def device(self) -> torch.device:
+        """Where the tables are."""
         return (
             self.cuts[0].shards[0].weight.device
             if self.cuts and self.cuts[0].shards
@@ -253,10 +332,10 @@ class PrivateOptimizer(torch.optim.Optimizer):
         norms = squared.sqrt() * unscale * mask
         if not bool(torch.isfinite(norms).all()):
             raise ModelError(
-                f"step {self.schedule.step + 1}: the gradient of an example is not finite. The "
+                f"step {self.step_in_flight}: the gradient of an example is not finite. The "
                 "training diverged (lower the learning rate) or the features hold huge values."
             )
-        limit = self.plan.max_grad_norm * ROUNDING_MARGIN
+        limit = self.plan.max_grad_norm_at(self.step_in_flight) * ROUNDING_MARGIN
         factors = (limit / norms.clamp_min(limit)).clamp_max(1.0)
         return norms, factors * mask * unscale
 
@@ -265,23 +344,25 @@ class PrivateOptimizer(torch.optim.Optimizer):
         if self.plan.noise_grid is None:
             return
         step = self.schedule.step
-        lr = float(self.param_groups[0]["lr"])
-        deviation = lr * self.plan.noise_on_sum / self.plan.expected_batch_size
-        if deviation > 0:
-            check_spacing(self.plan.noise_grid, deviation, f"at step {step + 1}")
-            return
-        _, owed = self.schedule.decay_and_scale(torch.zeros(1, dtype=torch.int64), step)
-        if float(owed) > 0:
-            raise ConfigError(
-                f"step {step + 1}: the tables' learning rate is 0 after steps with noise; with "
-                "noise.grid the last step of a release must add noise, so let the rate stay above 0"
-            )
+        for schedule, group in zip(self.mechanism.schedules, self._table_groups, strict=True):
+            deviation = float(group["lr"]) * self.plan.noise_on_sum / self.plan.expected_batch_size
+            if deviation > 0:
+                check_spacing(self.plan.noise_grid, deviation, f"at step {step + 1}")
+                continue
+            assert isinstance(schedule, NoiseSchedule)  # with momentum there is no grid
+            _, owed = schedule.decay_and_scale(torch.zeros(1, dtype=torch.int64), step)
+            if float(owed) > 0:
+                raise ConfigError(
+                    f"step {step + 1}: {group['name']}: the learning rate is 0 after steps with "
+                    "noise; with noise.grid the last step of a release must add noise, so let the "
+                    "rate stay above 0"
+                )
 
     def _noise_dense(self, sums: DenseSums, step: int) -> float:
         """Adds the step's noise in place; the ratio of signal to noise before it."""
         if not self.mechanism.private or sums.flat.numel() == 0:
             return float("nan")
-        deviation = self.plan.noise_on_sum
+        deviation = self.plan.noise_on_sum_at(step)
         size = float(torch.linalg.vector_norm(sums.flat)) / sums.flat.numel() ** 0.5
         kernels.add_normal(
             sums.flat,

@@ -22,6 +22,7 @@ from dist_dp.noise_grid import (
     spacing_text,
     table_spacing,
 )
+from dist_dp.schedules import ScheduleConfig, learning_rate_at
 
 Mechanism = Literal["none", "dpsgd", "lazydp"]
 
@@ -46,8 +47,10 @@ class PrivacyPlan(BaseModel):
             same distribution, drawn when a row is read).
         noise_multiplier: noise standard deviation over `max_grad_norm`; left out until
             `calibrate` finds it.
-        max_grad_norm: bound on the Euclidean norm of one record's gradient, over all layers and
+        max_grad_norm: bound C on the Euclidean norm of one record's gradient, over all layers and
             tables together.
+        clip_schedule: factor of `max_grad_norm` by step, a schedule with base 1; the same at every
+            step by default. Noise follows the bound, so a step costs the same privacy at any.
         num_records: records in the training data; treated as public.
         expected_batch_size: mean number of records a step draws (may be fractional). The sum of
             clipped gradients is divided by this, never by the size drawn.
@@ -89,6 +92,7 @@ class PrivacyPlan(BaseModel):
     allow_large_delta: bool = False
     noise_grid: float | None = None
     noise_rounds: Literal[20, 12] = 20
+    clip_schedule: ScheduleConfig | None = None
 
     def __init__(self, **values: Any) -> None:
         """Validate ``values``; every complaint becomes one readable `ConfigError`."""
@@ -161,7 +165,26 @@ class PrivacyPlan(BaseModel):
                     )
         elif self.delta is not None:
             self._check_delta(self.delta)
+        if self.clip_schedule is not None:
+            self._check_clip_schedule(self.clip_schedule)
         return self
+
+    def _check_clip_schedule(self, schedule: ScheduleConfig) -> None:
+        if schedule.base != 1:
+            raise ConfigError(
+                f"clip_schedule has base {schedule.base:g}: it multiplies max_grad_norm, so give "
+                "base 1 and the largest norm as max_grad_norm"
+            )
+        if learning_rate_at(schedule, self.steps) <= 0:
+            raise ConfigError(
+                f"clip_schedule makes the clip norm 0 by step {self.steps}, where a gradient could "
+                "not be bounded but by nothing: give the cosine a final_fraction"
+            )
+        if self.noise_grid is not None:
+            raise ConfigError(
+                "clip_schedule does not go with noise_grid, whose spacing was chosen for one noise "
+                "on the sum: leave out one of them"
+            )
 
     def _check_delta(self, delta: float) -> None:
         if delta * self.num_records >= 1 and not self.allow_large_delta:
@@ -183,8 +206,30 @@ class PrivacyPlan(BaseModel):
 
     @property
     def noise_on_sum(self) -> float:
-        """Standard deviation σC of the noise on a step's sum of gradients; 0 without noise."""
+        """Standard deviation σC of the noise on a step's sum of gradients; 0 without noise.
+
+        With a clip schedule it is the largest of any step; see `noise_on_sum_at`.
+        """
         return (self.noise_multiplier or 0.0) * self.max_grad_norm
+
+    def max_grad_norm_at(self, step: int) -> float:
+        """The clip norm C of a step; the first step is 1.
+
+        Guarantee:
+            A function of the plan and the step alone, never of the data. A step clips to C and
+            adds noise of deviation σC to the sum, so its noise over its sensitivity is σ whatever
+            C is, and what `epsilon` composes holds for every schedule.
+
+        Raises:
+            ValueError: `step` is below 1.
+        """
+        if self.clip_schedule is None:
+            return self.max_grad_norm
+        return self.max_grad_norm * learning_rate_at(self.clip_schedule, step)
+
+    def noise_on_sum_at(self, step: int) -> float:
+        """Standard deviation σC of the noise on a step's sum of gradients."""
+        return (self.noise_multiplier or 0.0) * self.max_grad_norm_at(step)
 
     @property
     def dense_noise_grid(self) -> float | None:
@@ -295,6 +340,7 @@ class PrivacyPlan(BaseModel):
                 f"This model is not private: it was trained on {self.num_records:,} records with "
                 f"no privacy guarantee ({reason}). It may reveal any of them."
             )
+        falling = "" if self.clip_schedule is None else " at most, by a schedule fixed in advance,"
         return (
             f"This model is (ε, δ)-differentially private with ε = {_round_up(epsilon)} and "
             f"δ = {self.delta:g}. The unit of privacy is one {self.unit} of the training data, "
@@ -302,7 +348,7 @@ class PrivacyPlan(BaseModel):
             f"{self.unit}. It comes from {count:,} steps, each on a Poisson sample that draws "
             f"every record independently with probability {self.sample_rate:.4g} "
             f"({self.expected_batch_size:g} of {self.num_records:,} records expected), with "
-            f"gradients clipped to norm {self.max_grad_norm:g} and a noise multiplier of "
+            f"gradients clipped to norm {self.max_grad_norm:g}{falling} and a noise multiplier of "
             f"{self.noise_multiplier:.5g}, accounted by {self.accountant.upper()}. "
             "It covers the released model and anything computed from it, as long as the run's "
             f"noise key stays secret and ChaCha{self.noise_rounds} is a pseudorandom function. It "

@@ -16,12 +16,15 @@ from dist_dp.cut import CutEmbeddings
 from dist_dp.distributed import world_size
 from dist_dp.errors import ConfigError, ModelError
 from dist_dp.mechanisms import Mechanism, Read, mechanism_class
+from dist_dp.mechanisms.row_states import give_state, has_own_state
+from dist_dp.momentum_schedule import MomentumSchedule
 from dist_dp.noise_schedule import NoiseSchedule
 from dist_dp.optimizer import LossReduction, PrivateOptimizer, watch_forwards
+from dist_dp.optimizer_settings import OptimizerSettings
 from dist_dp.plan import PrivacyPlan
 from dist_dp.probe import check_outputs_independent
 from dist_dp.shard_model import shard_model
-from dist_dp.sharding import ShardingKind, TableOptimizer, embedding_collections
+from dist_dp.sharding import ShardingKind, embedding_collections
 from dist_dp.step_state import StepState
 from dist_dp.table_shard import TableShard
 from dist_dp.timing import PhaseTimer
@@ -52,13 +55,24 @@ class PrivateModel:
     @property
     def device(self) -> torch.device:
         """Where the model is."""
-        return self.optimizer._device()
+        return self.optimizer.device
 
     def settle(self) -> None:
         """Brings every row on this rank up to date; nothing may leave before."""
+        self.ready_to_settle()
+        for shard in self.shards:
+            self.mechanism.settle(shard)
+
+    def ready_to_settle(self) -> None:
+        """Waits for what still settles in the background, before all rows are settled.
+
+        Raises:
+            ReleaseError: The settling of a shard was cut short.
+        """
+        for finish in self.optimizer.before_step_ends:
+            finish()
         for shard in self.shards:
             shard.check_whole()
-            self.mechanism.settle(shard)
 
     def check_fixed_unchanged(self) -> None:
         """Refuses a model whose buffers or frozen parameters moved during training.
@@ -76,79 +90,6 @@ class PrivateModel:
                     "statistic?). It was computed from private records without noise and cannot "
                     "be released; remove it from the model or keep it fixed."
                 )
-
-
-@dataclass(frozen=True)
-class OptimizerSettings:
-    """What a user's optimizer says, apart for tables and dense layers.
-
-    Attributes:
-        tables: The fused optimizer of the tables.
-        table_lr: Its learning rate.
-        weight_decay: Of tables and dense layers.
-        kind: The dense optimizer's class.
-        defaults: Its settings.
-    """
-
-    tables: TableOptimizer
-    table_lr: float
-    weight_decay: float
-    kind: type[torch.optim.Optimizer]
-    defaults: dict[str, Any]
-
-    def rebuild(self, parameters: Mapping[str, nn.Parameter]) -> torch.optim.Optimizer | None:
-        """The same kind of optimizer over the dense parameters alone; None if there are none."""
-        if not parameters:
-            return None
-        return self.kind(list(parameters.values()), **self.defaults)
-
-
-def optimizer_settings(
-    optimizer: torch.optim.Optimizer,
-    tables: TableOptimizer | None = None,
-    table_lr: float | None = None,
-) -> OptimizerSettings:
-    """Reads the settings of a user's optimizer for tables and dense layers.
-
-    Args:
-        optimizer: Over all parameters of the unsharded model, in one group.
-        tables: Overrides the tables' optimizer.
-        table_lr: Overrides the tables' learning rate.
-
-    Raises:
-        ConfigError: The optimizer cannot be split that way.
-    """
-    kind = type(optimizer)
-    if len(optimizer.param_groups) != 1:
-        raise ConfigError(
-            f"optimizer has {len(optimizer.param_groups)} parameter groups; one is supported. Set "
-            "the tables' learning rate with table_lr instead."
-        )
-    group = optimizer.param_groups[0]
-    defaults = {k: v for k, v in group.items() if k in optimizer.defaults}
-    kinds = {"SGD": "sgd", "Adagrad": "adagrad"}
-    if tables is None:
-        if kind.__name__ not in kinds:
-            kind_for_tables: Any = kind.__name__.lower()
-        else:
-            kind_for_tables = kinds[kind.__name__]
-        if kind_for_tables == "sgd" and (group.get("momentum") or group.get("nesterov")):
-            raise ConfigError(
-                "optimizer SGD with momentum cannot drive the tables: the waiting noise of a row "
-                "does not merge with its momentum here. Use momentum=0, or pass "
-                "table_optimizer=TableOptimizer('sgd') to keep momentum for the dense layers only"
-            )
-        tables = TableOptimizer(kind=kind_for_tables, eps=float(group.get("eps", 1e-8)))
-    decay = float(group.get("weight_decay", 0.0))
-    if decay and tables.kind != "sgd":
-        raise ConfigError(
-            f"weight_decay {decay} with the table optimizer '{tables.kind}' is not supported; "
-            "use sgd, or weight_decay=0"
-        )
-    if group.get("maximize"):
-        raise ConfigError("optimizer with maximize=True is not supported: negate the loss")
-    lr = float(table_lr if table_lr is not None else group["lr"])
-    return OptimizerSettings(tables, lr, decay, kind, defaults)
 
 
 def build_private_model(
@@ -189,6 +130,7 @@ def build_private_model(
     """
     mechanism_kind = mechanism_class(plan.mechanism)
     mechanism_kind.check_optimizer(settings.tables.kind)
+    groups = settings.table_groups(model)
     timer = timer or PhaseTimer(device)
     # A layer without a rule should be an error before anything is sharded.
     DenseRecorder(model, skip=tuple(embedding_collections(model).values())).detach()
@@ -201,13 +143,28 @@ def build_private_model(
         device=device,
     )
     recorder = DenseRecorder(model, skip=tuple(cuts))
-    mechanism = mechanism_kind(NoiseSchedule(), grid=plan.noise_grid, rounds=plan.noise_rounds)
+    mechanism = mechanism_kind(
+        [MomentumSchedule(g.momentum) if g.momentum else NoiseSchedule() for g in groups],
+        grid=plan.noise_grid,
+        rounds=plan.noise_rounds,
+    )
+    group_of = {table: number for number, group in enumerate(groups) for table in group.tables}
+    for cut in cuts:
+        cut.group_of = group_of
+    for shard in (s for cut in cuts for s in cut.shards):
+        shard.group = group_of[shard.table]
+        give_state(shard, momentum=groups[shard.group].momentum > 0)
+        if plan.noise_grid is not None and has_own_state(shard):
+            raise ConfigError(
+                f"noise.grid does not go with momentum or half-precision tables (table "
+                f"'{shard.table}'); remove it (noise_grid=None), or train float32 tables without "
+                "momentum"
+            )
 
     state = StepState()
     optimizer = PrivateOptimizer(
         dense=settings.rebuild(recorder.parameters),
-        table_lr=settings.table_lr,
-        table_weight_decay=settings.weight_decay,
+        tables=groups,
         cuts=cuts,
         recorder=recorder,
         mechanism=mechanism,
@@ -226,6 +183,7 @@ def build_private_model(
     for cut in cuts:
         cut.timer = timer
         cut.watch_lookups(settle_before_lookup)
+        cut.own_updates()
         for shard in cut.shards:
             shard.noise_key = kernels.derive_key(secret, "tables", shard.table)
             mechanism.prepare(shard)

@@ -2,37 +2,39 @@
 
 A release is a folder::
 
-    release.json          what it is, by whom it may be loaded, sha256 of every file
+    release.json          what it is, by whom it may be loaded, size and sha256 of every file
     MODEL_CARD.md         the privacy statement
     dense.safetensors     everything outside the tables
-    tables/TABLE/*.parquet    columns ``row`` (int64) and ``embedding`` (fixed-size list of float)
+    tables/TABLE/*.arrow    columns ``row`` (int64) and ``embedding`` (fixed-size list of float)
+
+:mod:`dist_dp.release_tables` streams the tables, :mod:`dist_dp.release_files` makes the folder
+appear; here is the order of the steps, and what the release says about itself.
 """
 
 from __future__ import annotations
 
-import hashlib
 import json
-import os
-import shutil
-from collections.abc import Iterator
+from collections.abc import Mapping
+from dataclasses import asdict
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-import torch
 from torch import Tensor
 
-from dist_dp.distributed import all_together, rank
+from dist_dp import release_files as files
+from dist_dp.distributed import all_gather_objects, all_together, rank
 from dist_dp.errors import ReleaseError
 from dist_dp.model_card import model_card
-from dist_dp.table_shard import TableShard
+from dist_dp.release_files import FileFacts
+from dist_dp.release_progress import Report
+from dist_dp.release_tables import write_tables
 
 if TYPE_CHECKING:
     from dist_dp.engine import PrivacyEngine
     from dist_dp.private_model import PrivateModel
 
 FORMAT = "dist-dp-release"
-FORMAT_VERSION = 1
-CHUNK_ROWS = 1 << 16
+FORMAT_VERSION = 2
 
 
 def write_release(
@@ -41,14 +43,19 @@ def write_release(
     *,
     model_info: dict[str, Any] | None = None,
     facts: dict[str, Any] | None = None,
+    progress: Report | None = None,
 ) -> Path:
-    """Settles and writes a model; every rank calls it.
+    """Settles and writes a model; every rank calls it, with no other work on the model meanwhile.
+
+    Memory beyond the model is O(chunk): see :mod:`dist_dp.release_tables`.
 
     Args:
         engine: The engine that trained the model.
         destination: Folder to create, on storage that all ranks share.
         model_info: How to build the model again (for ``dist-dp evaluate``), of simple types.
         facts: More for the model card, of simple types.
+        progress: Called on every rank with the bytes of table values it has written and will have
+            written; at the end they are equal.
 
     Returns:
         The folder.
@@ -59,80 +66,78 @@ def write_release(
     Guarantee:
         Every row of every shard is settled to the last finished step before its first byte is
         written, and buffers that moved with the private data are refused, so the folder holds
-        only what the noise covers. A folder under the final name is always whole.
+        only what the noise covers. A folder under the final name is always whole, and in the ledger
+        before it can be loaded: a process that dies before leaves a partial folder that does not
+        load, is for its owner alone, and is removed by the next release of that name. What is in
+        it is not counted as released: do not publish it.
     """
+    from safetensors.torch import save
+
     parts = engine.parts
-    partial = destination.with_name(f".{destination.name}.partial")
     all_together(
-        lambda: _prepare(destination, partial) if rank() == 0 else None,
+        lambda: files.begin(destination) if rank() == 0 else None,
         ReleaseError,
         "prepare the release",
     )
+    partial = files.partial_folder(destination)
+    written: dict[str, FileFacts] = {}
     try:
         all_together(parts.check_fixed_unchanged, ReleaseError, "check the model")
-        parts.settle()
         all_together(
-            lambda: _write_shards(parts, partial), ReleaseError, "write the tables of the release"
+            lambda: written.update(write_tables(parts, partial, progress)),
+            ReleaseError,
+            "write the tables of the release",
         )
+        for of_a_rank in all_gather_objects(written):
+            written.update(of_a_rank)
 
         def finish() -> None:
             if rank() == 0:
-                _write_dense(parts, partial)
+                privacy = _privacy(engine)
+                card = model_card(privacy, destination.name, facts or {})
+                contents = {
+                    "dense.safetensors": save(_dense_state(parts)),
+                    "MODEL_CARD.md": card.encode(),
+                }
+                for path, content in contents.items():
+                    written[path] = files.write_file(partial / path, content)
+                manifest = _manifest(parts, privacy, written, model_info)
+                files.make_ready(destination, json.dumps(manifest, indent=2).encode())
                 # Before the release can be seen, so that no resumed run draws other noise for it.
                 if engine.accountant is not None:
                     engine.accountant.record_release(engine.run_id, parts.mechanism.schedule.step)
-                _finish(engine, partial, destination, model_info, facts)
+                files.publish(destination)
 
         all_together(finish, ReleaseError, "finish the release")
     except BaseException:
-        shutil.rmtree(partial, ignore_errors=True)
+        files.discard(destination)
         raise
     return destination
 
 
-def _prepare(destination: Path, partial: Path) -> None:
-    if destination.exists():
-        raise ReleaseError(f"'{destination}' exists; choose another folder or remove it first")
-    shutil.rmtree(partial, ignore_errors=True)
-    (partial / "tables").mkdir(parents=True)
+def publish_recorded(destination: Path, accountant: Any, run_id: str) -> bool:
+    """Makes a release appear that is in the ledger but whose process died just then.
 
+    The ledger holds a release before it can be seen, and a run does not go on from before a
+    release that the ledger holds, so such a release must not stay out of reach.
 
-def _write_shards(parts: PrivateModel, partial: Path) -> None:
-    import pyarrow as pa
-    import pyarrow.parquet as pq
+    Args:
+        destination: Where it was to be.
+        accountant: Of the run's ledger.
+        run_id: The run's name there.
 
-    for number, shard in enumerate(parts.shards):
-        if shard.replicated and rank() != 0:
-            continue
-        if shard.weight.numel() == 0:
-            continue
-        folder = partial / "tables" / shard.table
-        folder.mkdir(parents=True, exist_ok=True)
-        columns = shard.weight.shape[1]
-        schema = pa.schema(
-            [("row", pa.int64()), ("embedding", pa.list_(pa.float32(), columns))],
-            metadata={
-                "table": shard.table,
-                "num_rows": str(shard.num_rows),
-                "dim": str(shard.dim),
-                "column_offset": str(shard.column_offset),
-            },
-        )
-        path = folder / f"part-{rank():05d}-{number:03d}.parquet"
-        with pq.ParquetWriter(path, schema, compression="none") as writer:
-            for rows, values in _chunks(shard):
-                embedding = pa.FixedSizeListArray.from_arrays(
-                    pa.array(values.reshape(-1).numpy()), columns
-                )
-                writer.write_table(pa.table([pa.array(rows.numpy()), embedding], schema=schema))
-
-
-def _chunks(shard: TableShard) -> Iterator[tuple[Tensor, Tensor]]:
-    count = shard.weight.shape[0]
-    for start in range(0, count, CHUNK_ROWS):
-        end = min(count, start + CHUNK_ROWS)
-        rows = torch.arange(start, end) + shard.row_offset
-        yield rows, shard.weight[start:end].detach().float().cpu().contiguous()
+    Returns:
+        Whether there was one.
+    """
+    content = None if destination.exists() else files.ready_manifest(destination)
+    try:
+        privacy = json.loads(content or "{}").get("privacy", {})
+    except ValueError:  # cut off in the middle, so the ledger does not hold it
+        return False
+    if privacy.get("run_id") != run_id or accountant.released_step(run_id) != privacy["steps"]:
+        return False
+    files.publish(destination)
+    return True
 
 
 def _dense_state(parts: PrivateModel) -> dict[str, Tensor]:
@@ -150,32 +155,16 @@ def _dense_state(parts: PrivateModel) -> dict[str, Tensor]:
     }
 
 
-def _write_dense(parts: PrivateModel, partial: Path) -> None:
-    from safetensors.torch import save_file
-
-    path = partial / "dense.safetensors"
-    save_file(_dense_state(parts), path)
-    # Readable like the release's other files; safetensors' own are for the owner alone.
-    path.chmod((partial / "tables").stat().st_mode & 0o666)
-
-
-def _finish(
-    engine: PrivacyEngine,
-    partial: Path,
-    destination: Path,
-    model_info: dict[str, Any] | None,
-    facts: dict[str, Any] | None,
-) -> None:
-    parts = engine.parts
-    plan = parts.plan
-    steps = parts.mechanism.schedule.step
+def _privacy(engine: PrivacyEngine) -> dict[str, Any]:
+    """What a release says about its privacy."""
+    plan = engine.parts.plan
     charged = engine.steps_charged()
-    privacy = {
+    return {
         "private": plan.is_private and not engine.secret_is_given,
         "fixed_secret": engine.secret_is_given,
         "epsilon": plan.epsilon(charged) if plan.is_private else None,
         "delta": plan.delta if plan.is_private else None,
-        "steps": steps,
+        "steps": engine.parts.mechanism.schedule.step,
         "steps_charged": charged,
         "plan": plan.model_dump(),
         "statement": privacy_statement(engine, charged),
@@ -183,9 +172,15 @@ def _finish(
         "dataset": engine.dataset,
         "run_id": engine.run_id,
     }
-    (partial / "MODEL_CARD.md").write_text(
-        model_card(privacy, destination.name, facts or {}), encoding="utf-8"
-    )
+
+
+def _manifest(
+    parts: PrivateModel,
+    privacy: dict[str, Any],
+    written: Mapping[str, FileFacts],
+    model_info: dict[str, Any] | None,
+) -> dict[str, Any]:
+    """The content of ``release.json``."""
     configs = {
         cut.table_id(c.name): {
             "rows": c.num_embeddings,
@@ -197,21 +192,15 @@ def _finish(
         for cut in parts.cuts
         for c in cut.configs
     }
-    manifest = {
+    return {
         "format": FORMAT,
         "format_version": FORMAT_VERSION,
-        "settled_to_step": steps,
+        "settled_to_step": privacy["steps"],
         "tables": configs,
         "model": model_info,
         "privacy": privacy,
-        "files": {
-            str(p.relative_to(partial)): sha256_of(p)
-            for p in sorted(partial.rglob("*"))
-            if p.is_file()
-        },
+        "files": {path: asdict(written[path]) for path in sorted(written)},
     }
-    (partial / "release.json").write_text(json.dumps(manifest, indent=2), encoding="utf-8")
-    os.rename(partial, destination)
 
 
 def privacy_statement(engine: PrivacyEngine, steps: int) -> str:
@@ -224,9 +213,3 @@ def privacy_statement(engine: PrivacyEngine, steps: int) -> str:
             )
         )
     return engine.parts.plan.statement(steps)
-
-
-def sha256_of(path: Path) -> str:
-    """Hex sha256 of a file."""
-    with open(path, "rb") as file:
-        return hashlib.file_digest(file, "sha256").hexdigest()

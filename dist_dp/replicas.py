@@ -67,6 +67,10 @@ class ReplicatedTables:
         known = self._rows[index]
         self._rows[index] = rows if known is None else torch.unique(torch.cat([known, rows]))
 
+    def noted(self, index: int) -> Tensor | None:
+        """The rows of table ``index`` that some rank looked up: sorted, the same on every rank."""
+        return self._rows[index]
+
     def clear(self) -> None:
         """Forgets the noted rows and the gradient."""
         self._rows = [None] * len(self.shards)

@@ -7,6 +7,7 @@ import math
 import warnings
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
+from typing import Any
 
 import torch
 import torch.distributed as dist
@@ -14,12 +15,20 @@ from torch import nn
 
 from dist_dp import kernels
 from dist_dp.cut import CutEmbeddings
-from dist_dp.distributed import broadcast_object, rank, world_size
+from dist_dp.distributed import (
+    agree_on_hosts,
+    broadcast_object,
+    local_world_size,
+    rank,
+    world_size,
+)
 from dist_dp.errors import ConfigError, ModelError
 from dist_dp.sharding import (
+    NODE_KINDS,
     ShardingKind,
     TableOptimizer,
     embedding_collections,
+    kind_of,
     make_sharders,
     plan_sharding,
     table_configs,
@@ -27,6 +36,7 @@ from dist_dp.sharding import (
 from dist_dp.table_shard import TableShard
 
 _INIT_CHUNK_ROWS = 1 << 16
+_TABLE_DTYPES = {"FP32": torch.float32, "BF16": torch.bfloat16, "FP16": torch.float16}
 
 
 def shard_model(
@@ -72,37 +82,23 @@ def shard_model(
         raise ModelError("the model is a bare collection; wrap it in a module with a loss")
     _refuse_shared(model, collections)
     for path, collection in collections.items():
-        _check_tables(path, collection)
+        _check_tables(path, collection, optimizer)
     device = device or _device_of(model, collections)
     # Sharded gradients must be sums: TorchRec would divide them by the world size.
     set_gradient_division(False)
-    plan = {}
-    if rank() == 0:
-        with quiet_torchrec():
-            plan = plan_sharding(
-                model,
-                sharding,
-                world_size=world_size(),
-                device_type=device.type,
-                batch_size=batch_size,
-                optimizer=optimizer,
-            )
-    plan = broadcast_object(plan)
+    plan = _agree_on_plan(model, sharding, optimizer, batch_size, device)
     env = ShardingEnv.from_process_group(dist.group.WORLD)
     sharders = make_sharders(optimizer)
     cuts: list[CutEmbeddings] = []
     for path, collection in collections.items():
         sharder = next(s for s in sharders if type(collection) is s.module_type)
         given = sharder.shardable_parameters(collection)
-        kinds = {name: p.sharding_type for name, p in plan[path].items()}
+        kinds = {name: kind_of(p) for name, p in plan[path].items()}
         if optimizer.kind != "sgd" and "data_parallel" in kinds.values():
             raise ConfigError(
                 f"data_parallel tables of '{path}' are updated by SGD, not {optimizer.kind}; "
-                "choose table_wise, row_wise or column_wise for them"
+                "choose another kind for them, such as table_wise or row_wise"
             )
-        unknown = set(kinds.values()) - {"data_parallel", "table_wise", "row_wise", "column_wise"}
-        if unknown:
-            raise ConfigError(f"sharding kinds {sorted(unknown)} of '{path}' are not supported")
         with quiet_torchrec():
             sharded = sharder.shard(collection, plan[path], env, device)
         cut = CutEmbeddings(sharded, collection, path, kinds, optimizer)
@@ -118,6 +114,41 @@ def shard_model(
         cuts.append(cut)
     _place_dense(model, cuts, device)
     return cuts
+
+
+def _agree_on_plan(
+    model: nn.Module,
+    sharding: ShardingKind | Mapping[str, ShardingKind],
+    optimizer: TableOptimizer,
+    batch_size: int,
+    device: torch.device,
+) -> dict[str, Any]:
+    """Rank 0's plan, or its complaint, on every rank."""
+    named = {sharding} if isinstance(sharding, str) else {*sharding.values()}
+    local_size = None
+    if not named.isdisjoint(NODE_KINDS):
+        agree_on_hosts()
+        local_size = local_world_size()
+    plan: dict[str, Any] = {}
+    complaint: ConfigError | None = None
+    if rank() == 0:
+        try:
+            with quiet_torchrec():
+                plan = plan_sharding(
+                    model,
+                    sharding,
+                    world_size=world_size(),
+                    device_type=device.type,
+                    batch_size=batch_size,
+                    optimizer=optimizer,
+                    local_size=local_size,
+                )
+        except ConfigError as error:
+            complaint = error
+    plan, message = broadcast_object((plan, str(complaint) if complaint else None))
+    if message is not None:
+        raise complaint or ConfigError(message)
+    return plan
 
 
 def _refuse_shared(model: nn.Module, collections: dict[str, nn.Module]) -> None:
@@ -137,7 +168,7 @@ def _refuse_shared(model: nn.Module, collections: dict[str, nn.Module]) -> None:
                 seen.add(id(child))
 
 
-def _check_tables(path: str, collection: nn.Module) -> None:
+def _check_tables(path: str, collection: nn.Module, optimizer: TableOptimizer) -> None:
     """Refuses tables that the fused update would treat otherwise than they say."""
     weights = {name.split(".")[-2]: weight for name, weight in collection.named_parameters()}
     for config in table_configs(collection):
@@ -148,11 +179,16 @@ def _check_tables(path: str, collection: nn.Module) -> None:
                 "a collection is trained: unfreeze it, or keep it outside the collection, as a "
                 "buffer that the model looks up itself"
             )
-        if config.data_type.name != "FP32" or weight.dtype != torch.float32:
+        if weight.dtype != _TABLE_DTYPES.get(config.data_type.name):
             raise ModelError(
                 f"table '{path}.{config.name}' has data_type {config.data_type.name} and weights "
-                f"of {weight.dtype}; private training takes float32 tables only: build it with "
-                "data_type=DataType.FP32, the default"
+                f"of {weight.dtype}; private training takes tables of float32, bfloat16 and "
+                "float16: build it with data_type=DataType.FP32 (the default), BF16 or FP16"
+            )
+        if optimizer.kind != "sgd" and weight.dtype != torch.float32:
+            raise ModelError(
+                f"table '{path}.{config.name}' is {weight.dtype}: half-precision tables take the "
+                f"table optimizer sgd, not {optimizer.kind}; use it, or data_type=DataType.FP32"
             )
 
 

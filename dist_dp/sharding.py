@@ -4,20 +4,30 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import dataclass
-from typing import Any, Literal
+from typing import Any, Literal, get_args
 
 from torch import nn
 
 from dist_dp.errors import ConfigError
+from dist_dp.table_placement import TablePlacer, as_planned
 
-ShardingKind = Literal["auto", "data_parallel", "table_wise", "row_wise", "column_wise"]
-SHARDING_KINDS: tuple[str, ...] = (
+ShardingKind = Literal[
     "auto",
     "data_parallel",
     "table_wise",
     "row_wise",
     "column_wise",
-)
+    "table_row_wise",
+    "grid",
+]
+SHARDING_KINDS: tuple[str, ...] = get_args(ShardingKind)
+SEQUENCE_KINDS = ("auto", "data_parallel", "table_wise", "row_wise", "column_wise")
+"""What TorchRec can do with a sequence collection."""
+NODE_KINDS = ("table_row_wise", "grid")
+"""Kinds that know which workers share a host."""
+
+_TORCHREC_NAMES = {"grid": "grid_shard"}
+_OUR_NAMES = {theirs: ours for ours, theirs in _TORCHREC_NAMES.items()}
 
 
 @dataclass(frozen=True)
@@ -27,10 +37,12 @@ class TableOptimizer:
     Attributes:
         kind: ``sgd``, ``adagrad`` or ``rowwise_adagrad``. The private mechanisms take ``sgd``.
         eps: Denominator term of the Adagrads.
+        momentum: Of ``sgd``, below 1 (PyTorch's, no dampening, not Nesterov); 0 for none.
     """
 
     kind: Literal["sgd", "adagrad", "rowwise_adagrad"] = "sgd"
     eps: float = 1e-8
+    momentum: float = 0.0
 
 
 def make_sharders(optimizer: TableOptimizer) -> list[Any]:
@@ -42,15 +54,13 @@ def make_sharders(optimizer: TableOptimizer) -> list[Any]:
     from torchrec.distributed.embedding import EmbeddingCollectionSharder
     from torchrec.distributed.embeddingbag import EmbeddingBagCollectionSharder
 
-    kinds = ["data_parallel", "table_wise", "row_wise", "column_wise"]
-
     class PooledSharder(EmbeddingBagCollectionSharder):
         def sharding_types(self, compute_device_type: str) -> list[str]:
-            return kinds
+            return [_TORCHREC_NAMES.get(k, k) for k in SHARDING_KINDS if k != "auto"]
 
     class SequenceSharder(EmbeddingCollectionSharder):
         def sharding_types(self, compute_device_type: str) -> list[str]:
-            return kinds
+            return [k for k in SEQUENCE_KINDS if k != "auto"]
 
     fused = {
         "sgd": EmbOptimType.EXACT_SGD,
@@ -91,6 +101,7 @@ def plan_sharding(
     device_type: str,
     batch_size: int,
     optimizer: TableOptimizer,
+    local_size: int | None = None,
 ) -> dict[str, Any]:
     """Plans every collection of a model without touching a process group.
 
@@ -102,24 +113,52 @@ def plan_sharding(
         device_type: ``cpu`` or ``cuda``.
         batch_size: Expected examples a worker and step, for the planner's estimates.
         optimizer: The fused optimizer; its state counts for the planner's memory.
+        local_size: Workers of a host, with consecutive ranks; by default all of them. Must
+            divide ``world_size``.
 
     Returns:
         TorchRec's module sharding plan by the path of each collection.
 
     Raises:
-        ConfigError: Unknown table or kind, or a table that cannot be split that way.
+        ConfigError: Unknown table or kind, a table that cannot be split that way, or hosts with
+            unequal numbers of workers.
     """
+    local_size = local_size or world_size
+    if world_size % local_size:
+        raise ConfigError(
+            f"{world_size} workers cannot be {local_size} to a host: table_row_wise and grid need "
+            "the same number of workers on every host; change the number of workers"
+        )
     collections = embedding_collections(model)
     names = {c.name for m in collections.values() for c in table_configs(m)}
     kinds = _kind_by_table(sharding, names)
+    for path, module in collections.items():
+        _check_sequence_kinds(path, module, kinds)
     sharders = make_sharders(optimizer)
-    auto = _ask_planner(model, kinds, sharders, world_size, device_type, batch_size)
+    auto = _ask_planner(model, kinds, sharders, world_size, local_size, device_type, batch_size)
+    placer = TablePlacer(world_size, local_size, device_type)
     return {
-        path: _plan_collection(
-            module, path, kinds, auto.get(path, {}), sharders, world_size, device_type
-        )
+        path: _plan_collection(module, kinds, auto.get(path, {}), sharders, placer, device_type)
         for path, module in collections.items()
     }
+
+
+def kind_of(planned: Any) -> str:
+    """The sharding kind of a ``ParameterSharding``, by the name used here."""
+    theirs = str(planned.sharding_type)
+    return _OUR_NAMES.get(theirs, theirs)
+
+
+def _check_sequence_kinds(path: str, collection: Any, kinds: dict[str, str]) -> None:
+    if hasattr(collection, "embedding_bag_configs"):
+        return
+    for config in table_configs(collection):
+        if kinds[config.name] not in SEQUENCE_KINDS:
+            raise ConfigError(
+                f"sharding of table '{path}.{config.name}': {kinds[config.name]} is for pooled "
+                "collections (EmbeddingBagCollection); a sequence collection takes "
+                f"{', '.join(SEQUENCE_KINDS)}: name a kind by table (model.sharding)"
+            )
 
 
 def _kind_by_table(
@@ -146,6 +185,7 @@ def _ask_planner(
     kinds: dict[str, str],
     sharders: list[Any],
     world_size: int,
+    local_size: int,
     device_type: str,
     batch_size: int,
 ) -> dict[str, Any]:
@@ -155,15 +195,16 @@ def _ask_planner(
     from torchrec.distributed.planner import EmbeddingShardingPlanner, Topology
     from torchrec.distributed.planner.types import ParameterConstraints, PlannerError
 
+    # The planner has column widths of its own for a grid; what it must know is how much lies
+    # where, and a grid lies evenly on all workers, as row_wise does.
+    stand_ins = {"auto": ["table_wise", "row_wise"], "grid": ["row_wise"]}
     constraints = {
-        name: ParameterConstraints(
-            sharding_types=["table_wise", "row_wise"] if kind == "auto" else [kind]
-        )
+        name: ParameterConstraints(sharding_types=stand_ins.get(kind, [kind]))
         for name, kind in kinds.items()
     }
     planner = EmbeddingShardingPlanner(
         topology=Topology(
-            world_size=world_size, compute_device=device_type, local_world_size=world_size
+            world_size=world_size, compute_device=device_type, local_world_size=local_size
         ),
         batch_size=max(1, batch_size),
         constraints=constraints,
@@ -182,56 +223,27 @@ def _ask_planner(
 
 def _plan_collection(
     module: nn.Module,
-    path: str,
     kinds: dict[str, str],
     auto: Mapping[str, Any],
     sharders: list[Any],
-    world_size: int,
+    placer: TablePlacer,
     device_type: str,
 ) -> Any:
-    from torchrec.distributed import sharding_plan as sp
+    from torchrec.distributed.sharding_plan import construct_module_sharding_plan
 
-    sharder = next(s for s in sharders if type(module) is s.module_type)
-    load = [0] * world_size
-    generators: dict[str, Any] = {}
+    # Largest first onto the least loaded worker.
     configs = sorted(table_configs(module), key=lambda c: -c.num_embeddings * c.embedding_dim)
-    for config in configs:
-        kind = kinds[config.name]
-        if kind == "data_parallel":
-            generators[config.name] = sp.data_parallel()
-        elif kind == "table_wise":
-            # Largest first onto the least loaded worker.
-            rank = min(range(world_size), key=load.__getitem__)
-            load[rank] += config.num_embeddings * config.embedding_dim
-            generators[config.name] = sp.table_wise(rank=rank, compute_kernel="fused")
-        elif kind == "row_wise":
-            generators[config.name] = sp.row_wise(compute_kernel="fused")
-        elif kind == "column_wise":
-            parts = max(2, world_size)
-            if config.embedding_dim % (4 * parts):
-                raise ConfigError(
-                    f"table '{config.name}': column_wise over {parts} parts needs an "
-                    f"embedding_dim that is a multiple of {4 * parts}, not "
-                    f"{config.embedding_dim}; choose another dim or row_wise"
-                )
-            ranks = [i % world_size for i in range(parts)]
-            generators[config.name] = sp.column_wise(ranks=ranks, compute_kernel="fused")
-        else:
-            generators[config.name] = _given(auto[config.name])
-    return sp.construct_module_sharding_plan(
+    generators = {
+        c.name: as_planned(auto[c.name])
+        if kinds[c.name] == "auto"
+        else placer.place(c, kinds[c.name])
+        for c in configs
+    }
+    return construct_module_sharding_plan(
         module,
         generators,
-        sharder=sharder,
-        local_size=world_size,
-        world_size=world_size,
+        sharder=next(s for s in sharders if type(module) is s.module_type),
+        local_size=placer.local_size,
+        world_size=placer.world_size,
         device_type=device_type,
     )
-
-
-def _given(planned: Any) -> Any:
-    """A generator that hands back what the planner chose."""
-
-    def generate(*_args: Any, **_kwargs: Any) -> Any:
-        return planned
-
-    return generate

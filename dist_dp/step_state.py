@@ -9,39 +9,60 @@ from dist_dp.errors import DistDpError
 
 
 class StepState:
-    """Couples a drawn batch to exactly one optimizer step.
+    """Couples a drawn batch, micro-batch by micro-batch, to exactly one optimizer step.
 
-    A Poisson batch that is drawn is charged; stepping twice on it, or drawing the next before
-    the step, would make the accounting wrong, so both are errors.
+    A Poisson batch that is drawn is charged; stepping twice on a part of it, leaving one out, or
+    drawing the next batch before the step, would make the accounting wrong, so all are errors.
+
+    Attributes:
+        step: Number of the step in flight, from 1; 0 before the first.
+        part: Number of its micro-batch, from 0.
+        is_last: Whether that is the step's last one.
+        batch_size: How many real examples it has on this rank.
+        is_real: Mask of the real examples in flight, bool ``[batch]``; None once they are taken.
     """
 
     def __init__(self) -> None:
         self.step = 0
+        self.part = 0
+        self.is_last = True
         self.batch_size = 0
         self.is_real: Tensor | None = None
 
-    def begin(self, step: int, num_real: int, padded_size: int) -> None:
-        """A batch was drawn for ``step``: the first ``num_real`` examples count.
+    def begin(
+        self, step: int, num_real: int, padded_size: int, part: int = 0, is_last: bool = True
+    ) -> None:
+        """A micro-batch was drawn for ``step``: the first ``num_real`` examples count.
 
         Args:
             step: Number of the step, from 1.
-            num_real: Records sampled on this rank.
-            padded_size: Examples in the batch, padding included; equal on all ranks.
+            num_real: Records sampled on this rank that are in this micro-batch.
+            padded_size: Examples in it, padding included; equal on all ranks.
+            part: Number of the micro-batch in its step, from 0.
+            is_last: Whether no other follows in this step.
 
         Raises:
-            DistDpError: The batch before was never stepped.
+            DistDpError: The micro-batch before was never stepped, or this is not the next one.
         """
         if self.is_real is not None:
             raise DistDpError(
                 f"the batch of step {self.step} was drawn but never stepped: call "
                 "optimizer.step() once for every batch of the private loader (no read-ahead)"
             )
-        self.step = step
+        expected = 0 if self.is_last else self.part + 1
+        if part != expected or (part > 0 and step != self.step):
+            raise DistDpError(
+                f"step {self.step} was left after {self.part + 1} of its micro-batches: its "
+                "clipped sums are not whole, and nothing can be trained after it. Draw every batch "
+                "of the private loader (loader.stop() ends after a whole step), or resume from "
+                "the last checkpoint"
+            )
+        self.step, self.part, self.is_last = step, part, is_last
         self.batch_size = num_real
         self.is_real = torch.arange(padded_size) < num_real
 
     def take(self, batch: int | None) -> Tensor:
-        """The mask of real examples of the batch in flight, bool ``[batch]``; ends the step.
+        """The mask of real examples of the micro-batch in flight, bool ``[batch]``; ends it.
 
         Raises:
             DistDpError: No batch is in flight, or the model saw another number of examples.

@@ -27,6 +27,10 @@ class TableShard:
         kind: The sharding kind, for reports.
         group: Number of the optimizer group of tables it belongs to.
         noise_key: 32-byte subkey of this table.
+        momentum: float32 ``[local rows, local columns]``, SGD's momentum as TorchRec would hold it,
+            settled to ``last_step`` with the weight; None without.
+        low: What a half-precision weight lacks of its float32 value; see
+            :mod:`dist_dp.wide_rows`. None for float32 tables.
         settling: True while rows are being brought up to date; if an error struck meanwhile it
             stays so, and the rows must not leave (see :meth:`check_whole`).
     """
@@ -41,6 +45,8 @@ class TableShard:
     kind: str
     group: int = 0
     noise_key: bytes = b""
+    momentum: Tensor | None = field(default=None, repr=False)
+    low: Tensor | None = field(default=None, repr=False)
     settling: bool = False
     _history: Tensor | None = field(default=None, repr=False)
 
@@ -67,6 +73,10 @@ class TableShard:
         tensors = {"weight": self.weight}
         if self._history is not None:
             tensors["last_step"] = self._history
+        if self.momentum is not None:
+            tensors["momentum"] = self.momentum
+        if self.low is not None:
+            tensors["low"] = self.low
         return tensors
 
     def check_whole(self) -> None:

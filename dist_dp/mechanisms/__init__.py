@@ -4,12 +4,14 @@
 ``none``       no noise (the baseline; not private)
 ``dpsgd``      noise on every row at every step (the slow reference)
 ``lazydp``     the same distribution, each row's noise drawn when the row is next read (default)
+``comparison`` what benchmarks compare with; refused for real runs
 """
 
 from __future__ import annotations
 
 from dist_dp.errors import ConfigError
 from dist_dp.mechanisms.base import Mechanism, Read
+from dist_dp.mechanisms.comparison import COMPARISONS
 from dist_dp.mechanisms.dpsgd import DPSGD
 from dist_dp.mechanisms.lazydp import LazyDP
 from dist_dp.mechanisms.none import NoMechanism
@@ -21,8 +23,13 @@ def mechanism_class(name: str) -> type[Mechanism]:
     """The mechanism of a name.
 
     Raises:
-        ConfigError: There is none of that name.
+        ConfigError: There is none of that name, or it is there for benchmarks to compare with.
     """
+    if name in COMPARISONS:
+        raise ConfigError(
+            f"mechanism '{name}' {COMPARISONS[name].refusal}; choose one of "
+            f"{', '.join(MECHANISMS)} (dist-dp bench step times it beside them)"
+        )
     if name not in MECHANISMS:
         raise ConfigError(f"mechanism '{name}' is unknown; choose one of {', '.join(MECHANISMS)}")
     return MECHANISMS[name]

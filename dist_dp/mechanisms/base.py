@@ -9,8 +9,12 @@ from typing import ClassVar
 from torch import Tensor
 
 from dist_dp.errors import ConfigError
+from dist_dp.momentum_schedule import MomentumSchedule
 from dist_dp.noise_schedule import NoiseSchedule
 from dist_dp.table_shard import TableShard
+
+Schedule = NoiseSchedule | MomentumSchedule
+"""The record of steps of an optimizer group: of plain SGD, or of SGD with momentum."""
 
 Read = tuple[TableShard, Tensor]
 """A shard, and the local rows a lookup reads there: int32 or int64, any order, repeats allowed."""
@@ -42,13 +46,14 @@ class Mechanism(ABC):
 
     def __init__(
         self,
-        schedules: NoiseSchedule | Sequence[NoiseSchedule],
+        schedules: Schedule | Sequence[Schedule],
         *,
         grid: float | None = None,
         rounds: int = 20,
     ) -> None:
-        one = isinstance(schedules, NoiseSchedule)
-        self.schedules: list[NoiseSchedule] = [schedules] if one else list(schedules)  # type: ignore[list-item,arg-type]
+        self.schedules: list[Schedule] = (
+            list(schedules) if isinstance(schedules, Sequence) else [schedules]
+        )
         self.grid = grid
         self.rounds = rounds
 
@@ -68,13 +73,21 @@ class Mechanism(ABC):
             )
 
     @property
-    def schedule(self) -> NoiseSchedule:
+    def schedule(self) -> Schedule:
         """The first group's schedule; its ``step`` is every group's."""
         return self.schedules[0]
 
     def schedule_of(self, shard: TableShard) -> NoiseSchedule:
-        """The schedule of the shard's optimizer group."""
-        return self.schedules[shard.group]
+        """The schedule of the group of a shard without momentum.
+
+        Raises:
+            TypeError: The group has momentum: its rows are settled by
+                :mod:`dist_dp.mechanisms.row_states`.
+        """
+        schedule = self.schedules[shard.group]
+        if not isinstance(schedule, NoiseSchedule):
+            raise TypeError(f"table '{shard.table}' has momentum: no decay and scale alone")
+        return schedule
 
     @abstractmethod
     def before_lookup(self, reads: Sequence[Read], *, training: bool = True) -> None:
@@ -103,6 +116,8 @@ class Mechanism(ABC):
     def prepare(self, shard: TableShard) -> None:  # noqa: B027 (most mechanisms keep nothing)
         """Allocates what the mechanism keeps beside a shard's weights."""
 
-    def is_settled(self, shard: TableShard) -> bool:
-        """Whether no row of a shard owes noise."""
+    def is_settled(
+        self, shard: TableShard, first_row: int = 0, last_row: int | None = None
+    ) -> bool:
+        """Whether no row of a range owes noise."""
         return True

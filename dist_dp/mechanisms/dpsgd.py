@@ -6,6 +6,7 @@ from collections.abc import Iterable, Sequence
 
 from dist_dp import kernels
 from dist_dp.mechanisms.base import Mechanism, Read
+from dist_dp.mechanisms.row_states import has_own_state, settle_one_step
 from dist_dp.table_shard import TableShard
 
 
@@ -13,10 +14,10 @@ class DPSGD(Mechanism):
     """The slow reference: one pass over all tables a step.
 
     Guarantee:
-        Every iterate w_t = (1 − η_t λ) w_{t−1} − (η_t/B)(G_t + σ_t C_t Z_t) has Z_t independent
-        standard normal on every coordinate, so with Poisson-sampled batches and joint clipping
-        to C_t the released model is (ε, δ)-DP for adding or removing one record, at the ε the
-        accountant composes. It assumes the noise key stays secret.
+        Every iterate w_t = (1 − η_t λ) w_{t−1} − (η_t/B)(G_t + σ_t C_t Z_t), or its like with
+        momentum, has Z_t independent standard normal on every coordinate, so with Poisson-sampled
+        batches and joint clipping to C_t the released model is (ε, δ)-DP for adding or removing
+        one record, at the ε the accountant composes. It assumes the noise key stays secret.
 
         With a grid, w_t is also rounded to it at every step, whatever the batch: post-processing.
         Each rounding gives what real arithmetic and a real Gaussian would, but for a probability
@@ -34,6 +35,9 @@ class DPSGD(Mechanism):
         """Adds the step's decay and noise to all rows; no history is needed for that."""
         step = self.schedule.step
         for shard in shards:
+            if has_own_state(shard):
+                settle_one_step(shard, self.schedules[shard.group], self.rounds)
+                continue
             decay, scale = self.schedule_of(shard).one_step(step)
             shard.settling = True
             kernels.settle_range(

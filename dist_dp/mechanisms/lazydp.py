@@ -16,8 +16,8 @@ import torch
 from torch import Tensor
 
 from dist_dp import kernels
-from dist_dp.mechanisms.base import Mechanism, Read
-from dist_dp.noise_schedule import NoiseSchedule
+from dist_dp.mechanisms.base import Mechanism, Read, Schedule
+from dist_dp.mechanisms.row_states import has_own_state, settle_range, settle_rows
 from dist_dp.table_shard import TableShard
 
 CHUNK_ROWS = 1 << 16
@@ -25,7 +25,7 @@ CHUNK_ROWS = 1 << 16
 
 
 class LazyDP(Mechanism):
-    """Noise deferred to the next read and merged; exact for SGD with weight decay.
+    """Noise deferred to the next read and merged; exact for SGD with momentum and weight decay.
 
     Guarantee:
         Values read (by a lookup after ``before_lookup``, or after ``settle``) have the joint
@@ -48,7 +48,7 @@ class LazyDP(Mechanism):
 
     def __init__(
         self,
-        schedules: NoiseSchedule | Sequence[NoiseSchedule],
+        schedules: Schedule | Sequence[Schedule],
         *,
         grid: float | None = None,
         rounds: int = 20,
@@ -60,9 +60,11 @@ class LazyDP(Mechanism):
         """The history table: 4 bytes a row."""
         shard.last_step  # noqa: B018 (allocates)
 
-    def is_settled(self, shard: TableShard) -> bool:
-        """Whether every row is settled to the last finished step."""
-        return bool((shard.last_step == self.schedule.step).all())
+    def is_settled(
+        self, shard: TableShard, first_row: int = 0, last_row: int | None = None
+    ) -> bool:
+        """Whether every row of a range is settled to the last finished step."""
+        return bool((shard.last_step[first_row:last_row] == self.schedule.step).all())
 
     def before_lookup(self, reads: Sequence[Read], *, training: bool = True) -> None:
         """Settles the rows about to be read, up to the last finished step, once each.
@@ -70,6 +72,14 @@ class LazyDP(Mechanism):
         The history table tells which rows are stale, and repeats of a row from its first
         occurrence, so nothing is sorted. All tables of a lookup go to the kernels together.
         """
+        if any(has_own_state(shard) for shard, _ in reads):
+            own = [read for read in reads if has_own_state(read[0])]
+            self._settle_own(own)
+            reads = [read for read in reads if not has_own_state(read[0])]
+        self._settle_rows(reads, None if training else self.grid)
+
+    def _settle_own(self, reads: Sequence[Read]) -> None:
+        """Rows with a momentum, or of half precision: a few passes instead of one kernel."""
         step = self.schedule.step
         if step == 0:
             return
@@ -78,6 +88,32 @@ class LazyDP(Mechanism):
         for shard in shards:
             shard.settling = True
         stale = tables.take_stale([rows for _, rows in reads], step)
+        parts = (column.split(stale.counts.tolist()) for column in (stale.rows, stale.from_steps))
+        for shard, rows, from_steps in zip(shards, *parts, strict=True):
+            settle_rows(shard, rows, from_steps, self.schedules[shard.group], self.rounds)
+            shard.settling = False
+
+    def settle_ahead(self, reads: Sequence[Read]) -> None:
+        """Settles rows of the *next* batch to the step in flight, which the schedule already has.
+
+        Rows read at the step in flight, which its gradient is about to reach, are settled to the
+        step before and left alone: they are settled at their next read, as ever. A row settled
+        here is not read before the step is over, so its noise only comes earlier: the value read is
+        the same.
+        """
+        self._settle_rows(reads, None, older_than=self.schedule.step - 1)
+
+    def _settle_rows(
+        self, reads: Sequence[Read], grid: float | None, older_than: int | None = None
+    ) -> None:
+        step = self.schedule.step
+        if step == 0 or not reads:
+            return
+        shards = [shard for shard, _ in reads]
+        tables = self._table_set(shards)
+        for shard in shards:
+            shard.settling = True
+        stale = tables.take_stale([rows for _, rows in reads], step, older_than=older_than)
         decay, scale = self._owed(shards, stale)
         tables.settle(
             stale,
@@ -85,7 +121,8 @@ class LazyDP(Mechanism):
             decay=decay,
             scale=scale,
             rounds=self.rounds,
-            grid=None if training else self.grid,
+            grid=grid,
+            note=older_than is None,
         )
         for shard in shards:
             shard.settling = False
@@ -110,7 +147,7 @@ class LazyDP(Mechanism):
         """Decay and standard deviation of all stale rows, float64 ``[rows]`` each."""
         step = self.schedule.step
         if len(self.schedules) == 1:
-            return self.schedule.decay_and_scale(stale.from_steps, step)
+            return self.schedule_of(shards[0]).decay_and_scale(stale.from_steps, step)
         parts = [
             self.schedule_of(shard).decay_and_scale(from_steps, step)
             for shard, from_steps in zip(
@@ -124,6 +161,9 @@ class LazyDP(Mechanism):
 
     def settle(self, shard: TableShard, first_row: int = 0, last_row: int | None = None) -> None:
         """Settles a range of rows, for a release, a chunk at a time: no memory for a copy."""
+        if has_own_state(shard):
+            settle_range(shard, self.schedules[shard.group], self.rounds, first_row, last_row)
+            return
         schedule = self.schedule_of(shard)
         step = schedule.step
         last = shard.weight.shape[0] if last_row is None else last_row

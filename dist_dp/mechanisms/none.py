@@ -8,11 +8,12 @@ import torch
 from torch import Tensor
 
 from dist_dp.mechanisms.base import Mechanism, Read
+from dist_dp.mechanisms.row_states import has_own_state, settle_range, settle_reads
 from dist_dp.table_shard import TableShard
 
 
 class NoMechanism(Mechanism):
-    """Trains without privacy; weight decay alone is applied late, as in ``lazydp``."""
+    """Trains without privacy; weight decay and momentum are applied late, as in ``lazydp``."""
 
     name = "none"
     private = False
@@ -21,7 +22,9 @@ class NoMechanism(Mechanism):
     def before_lookup(self, reads: Sequence[Read], *, training: bool = True) -> None:
         """Applies the decay that waits."""
         for shard, rows in reads:
-            if self._decays(shard):
+            if has_own_state(shard):
+                settle_reads([(shard, rows)], self.schedules, self.rounds)
+            elif self._decays(shard):
                 self._apply(shard, torch.unique(rows).to(torch.int64))
 
     def after_update(self, shards: Iterable[TableShard]) -> None:
@@ -29,7 +32,9 @@ class NoMechanism(Mechanism):
 
     def settle(self, shard: TableShard, first_row: int = 0, last_row: int | None = None) -> None:
         """Applies the decay that waits, to every row of the range."""
-        if self._decays(shard):
+        if has_own_state(shard):
+            settle_range(shard, self.schedules[shard.group], self.rounds, first_row, last_row)
+        elif self._decays(shard):
             last = shard.weight.shape[0] if last_row is None else last_row
             self._apply(shard, torch.arange(first_row, last, device=shard.weight.device))
 

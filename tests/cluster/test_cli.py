@@ -14,7 +14,7 @@ from dist_dp.datasets.store import ArrowStore
 from dist_dp.ledger import Ledger
 from tests.cluster.small import assert_one_line_error, run
 
-COMMANDS = "train plan evaluate predict export convert generate epsilon budget demo"
+COMMANDS = "train plan evaluate predict export convert generate epsilon budget bench demo"
 
 
 def test_help_names_every_command() -> None:

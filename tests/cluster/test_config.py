@@ -91,6 +91,11 @@ def test_the_resolved_configuration_loads_again(tmp_path: Path) -> None:
         (changed("train", steps=True), ["train.steps", "must not be true or false"]),
         (changed("train", expected_batch_size=float("nan")), ["train.expected_batch_size"]),
         (changed("privacy", max_grad_norm=0), ["'privacy.max_grad_norm'", "greater than 0"]),
+        (changed("privacy", clip_schedule={"kind": "cosine"}), ["clip_schedule", "total_steps"]),
+        (
+            changed("train", micro_batch_size=0),
+            ["'train.micro_batch_size'", "greater"],
+        ),
         (changed("privacy", epsilon=0), ["privacy.epsilon", "above 0"]),
         (changed("privacy", epsilon=-1), ["privacy.epsilon", "above 0"]),
         (changed("privacy", delta=1), ["privacy.delta", "between 0 and 1"]),
@@ -120,6 +125,18 @@ def test_the_resolved_configuration_loads_again(tmp_path: Path) -> None:
         (
             {**SMALL, "privacy": {"mechanism": "none"}, "noise": {"grid": "auto"}},
             ["noise.grid", "mechanism 'none'", "remove it"],
+        ),
+        (changed("train", momentum=1.0), ["'train.momentum'", "less than 1"]),
+        (
+            {
+                **changed("train", table_optimizer="adagrad", momentum=0.9),
+                "privacy": {"mechanism": "none"},
+            },
+            ["train.momentum", "adagrad", "use sgd, or 0"],
+        ),
+        (
+            {**changed("train", momentum=0.9), "noise": {"grid": "auto"}},
+            ["noise.grid", "train.momentum", "remove one"],
         ),
         (changed("train", weight_decay=3.0), ["train.weight_decay", "learning rate"]),
         (changed("model", dense_arch=[16, 4]), ["model.dense_arch", "embedding_dim 8"]),

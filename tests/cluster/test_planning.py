@@ -89,6 +89,27 @@ def test_copies_and_columns_cost_what_they_cost(tmp_path: Path) -> None:
     assert report["epsilon"] is None and "not private" in report["statement"]
 
 
+def test_hosts_in_a_plan(tmp_path: Path) -> None:
+    report = planned(
+        tmp_path,
+        None,
+        "--num-records=1000",
+        model={"sharding": {"C1": "grid", "C2": "table_row_wise"}},
+        cluster={"num_workers": 4, "workers_per_node": 2},
+        privacy=KNOWN_NOISE,
+    )
+    tables = {t["table"].rpartition(".")[2]: t for t in report["tables"]}
+    assert tables["C1"]["kind"] == "grid" and tables["C2"]["kind"] == "table_row_wise"
+    assert tables["C1"]["shards"] == [
+        {"rank": 0, "offset": [0, 0], "size": [150, 4]},
+        {"rank": 1, "offset": [150, 0], "size": [150, 4]},
+        {"rank": 2, "offset": [0, 4], "size": [150, 4]},
+        {"rank": 3, "offset": [150, 4], "size": [150, 4]},
+    ]
+    ranks = [s["rank"] for s in tables["C2"]["shards"]]
+    assert ranks in ([0, 1], [2, 3]) and len(report["memory_bytes_by_worker"]) == 4
+
+
 def test_a_table_of_a_thousand_million_rows_is_only_counted(tmp_path: Path) -> None:
     before = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
     report = planned(

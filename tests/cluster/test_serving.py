@@ -208,7 +208,7 @@ def change_byte(path: Path) -> None:
     ("damage", "words"),
     [
         (lambda r: change_byte(r / "dense.safetensors"), ["dense.safetensors", "was changed"]),
-        (lambda r: change_byte(next(r.rglob("*.parquet"))), [".parquet", "was changed"]),
+        (lambda r: change_byte(next(r.rglob("*.arrow"))), [".arrow", "was changed"]),
         (lambda r: (r / "MODEL_CARD.md").unlink(), ["lacks MODEL_CARD.md"]),
         (lambda r: (r / "release.json").write_text("{"), ["release.json", "damaged"]),
         (lambda r: (r / "release.json").write_text("{}"), ["does not describe a release"]),

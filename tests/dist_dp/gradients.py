@@ -12,8 +12,9 @@ import torch
 from torch import Tensor, nn
 
 from dist_dp.distributed import rank, world_size
+from dist_dp.optimizer_settings import optimizer_settings
 from dist_dp.plan import PrivacyPlan
-from dist_dp.private_model import PrivateModel, build_private_model, optimizer_settings
+from dist_dp.private_model import PrivateModel, build_private_model
 from tests.dist_dp.clicks import PADDING
 from tests.dist_dp.models import CASES
 
@@ -82,6 +83,7 @@ def build(
     expected: float = EXPECTED,
     secret: bytes = SECRET,
     grid: float | None = None,
+    clip_schedule: Any = None,
     **options: Any,
 ) -> PrivateModel:
     """A private model with a small plan."""
@@ -94,6 +96,7 @@ def build(
         steps=100,
         delta=1e-4,
         noise_grid=grid,
+        clip_schedule=clip_schedule,
     )
     optimizer = optimizer or torch.optim.SGD(model.parameters(), lr=RATE)
     return build_private_model(

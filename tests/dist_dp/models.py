@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 
 import torch
 from torch import Tensor, nn
@@ -28,14 +28,15 @@ def bags(
     pooling: dict[str, PoolingType] | None = None,
     weighted: bool = False,
     device: str = "cpu",
+    wide: Sequence[str] = (),
 ) -> EmbeddingBagCollection:
-    """A pooled collection; ``rows`` is table name to (rows, features)."""
+    """A pooled collection; ``rows`` is table name to (rows, features); ``wide`` doubles dim."""
     pooling = pooling or {}
     tables = [
         EmbeddingBagConfig(
             name=name,
             num_embeddings=count,
-            embedding_dim=dim,
+            embedding_dim=dim * (1 + (name in wide)),
             feature_names=features,
             pooling=pooling.get(name, PoolingType.SUM),
         )

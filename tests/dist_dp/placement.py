@@ -10,6 +10,7 @@ from torch import Tensor, nn
 from dist_dp.leases import StepLeases
 from dist_dp.ledger import Lease
 from dist_dp.loader import PoissonLoader, as_source
+from dist_dp.look_ahead import LookAhead
 from dist_dp.private_model import PrivateModel
 from dist_dp.sampling import PoissonSampler
 from tests.dist_dp.clicks import Clicks, random_bags
@@ -60,6 +61,11 @@ def model(meta: bool) -> nn.Module:
     return whole
 
 
+def features_of(batch: Any) -> dict[str, Any]:
+    """What each collection of the model gets."""
+    return dict(zip(("pooled", "sequence"), batch.inputs[1:], strict=True))
+
+
 def loader_of(private: PrivateModel, data: Any, steps: int, **options: Any) -> PoissonLoader:
     """A private loader with an open-handed accountant."""
     leases = StepLeases(OpenHanded(), "run", steps, **options)
@@ -68,7 +74,12 @@ def loader_of(private: PrivateModel, data: Any, steps: int, **options: Any) -> P
 
 
 def private_run(
-    kind: Any, mechanism: str, zero: bool, meta: bool = False, grid: float | None = None
+    kind: Any,
+    mechanism: str,
+    zero: bool,
+    meta: bool = False,
+    grid: float | None = None,
+    look_ahead: bool = False,
 ) -> dict[str, Any]:
     """Final table pieces and dense weights, and what an evaluation in the middle saw."""
     whole, data = model(meta), records()
@@ -85,7 +96,10 @@ def private_run(
     )
     decay = torch.optim.lr_scheduler.ExponentialLR(private.optimizer, 0.8)
     seen: Tensor | None = None
-    for batch in loader_of(private, data, STEPS):
+    loader = loader_of(private, data, STEPS)
+    if look_ahead:
+        LookAhead(whole, private.optimizer, loader, features_of)
+    for batch in loader:
         private.optimizer.zero_grad()
         loss = LOSSES(whole(*batch.inputs), batch.labels) * (0.0 if zero else 1.0)
         loss.backward()

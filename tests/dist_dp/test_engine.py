@@ -21,6 +21,7 @@ from dist_dp.accountant import LocalAccountant
 from dist_dp.engine import PrivacyEngine
 from dist_dp.errors import BudgetError, ConfigError, DistDpError, ModelError, ReleaseError
 from dist_dp.ledger import Ledger
+from dist_dp.release_files import HashedFile
 from dist_dp.released import Release, load_release
 from tests.dist_dp.placement import RECORDS, model, records
 
@@ -202,13 +203,11 @@ def test_what_stands_in_the_way_of_a_release(
         made.release(tmp_path / "taken")
     assert not list((tmp_path / "taken").iterdir())
 
-    import pyarrow.parquet as pq
-
     def full(self: Any, *_: Any, **__: Any) -> None:
-        raise OSError(errno.ENOSPC, "No space left on device", "part.parquet")
+        raise OSError(errno.ENOSPC, "No space left on device", "part.arrow")
 
     with monkeypatch.context() as patch:
-        patch.setattr(pq.ParquetWriter, "write_table", full)
+        patch.setattr(HashedFile, "write", full)
         with pytest.raises(ReleaseError, match=r"disk is full.*Nothing was kept"):
             made.release(tmp_path / "released")
     assert {p.name for p in tmp_path.iterdir() if p.is_dir()} == {"taken"}
@@ -224,18 +223,18 @@ def test_what_is_no_release(tmp_path: Path) -> None:
         Release.open(tmp_path)
     with pytest.raises(ReleaseError, match="does not fit the model"):
         load_release(folder, nn.Linear(2, 2))
-    parquet = next((folder / "tables").rglob("*.parquet"))
-    content = parquet.read_bytes()
-    parquet.write_bytes(content[:-20] + bytes([content[-20] ^ 1]) + content[-19:])
-    with pytest.raises(ReleaseError, match=r"parquet' was changed since the release"):
+    part = next((folder / "tables").rglob("*.arrow"))
+    content = part.read_bytes()
+    part.write_bytes(content[:-20] + bytes([content[-20] ^ 1]) + content[-19:])
+    with pytest.raises(ReleaseError, match=r"arrow' was changed since the release"):
         load_release(folder, fresh)
-    parquet.unlink()
+    part.unlink()
     with pytest.raises(ReleaseError, match="lacks tables/"):
         load_release(folder, fresh)
-    parquet.write_bytes(content)
+    part.write_bytes(content)
     load_release(folder, fresh)
     manifest = json.loads((folder / "release.json").read_text())
-    manifest["files"]["../outside"] = "0"
+    manifest["files"]["../outside"] = {"bytes": 0, "sha256": "0"}
     (folder / "release.json").write_text(json.dumps(manifest))
     with pytest.raises(ReleaseError, match="outside its folder"):
         load_release(folder, fresh)

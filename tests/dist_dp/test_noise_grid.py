@@ -237,7 +237,7 @@ def test_noised_sums_of_dense_gradients_are_on_their_grid(monkeypatch: pytest.Mo
     optimizer = torch.optim.SGD(module.parameters(), lr=0.5)
     private = build(module, sigma=1.3, clip=0.7, optimizer=optimizer, grid=GRID)
     seen: dict[str, Tensor] = {}
-    monkeypatch.setattr(private.optimizer, "_update_dense", seen.update)
+    monkeypatch.setattr(private.optimizer, "_update_dense", lambda sums: seen.update(sums.by_name))
     begin(private)
     loss(module, data()).backward()
     private.optimizer.step()

@@ -1,0 +1,172 @@
+"""Folders of training checkpoints: a checkpoint is whole or it is not there.
+
+::
+
+    HOME/                       of a run (mode 0700)
+        save-000007/            the newest checkpoint: always whole
+            checkpoint.json     what it is; marked private
+            secret              the run's key (mode 0600)
+            index.json, *.bin   see dist_dp.checkpoint_storage
+        .save-000008.partial/   one that is being written, or was when the process died
+
+A checkpoint appears by one rename, after everything in it is on the disk; only then is the one
+before removed. So at every moment the highest number is a whole checkpoint, and a process may die
+between any two operations.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import re
+import shutil
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+from dist_dp.checkpoint_storage import INDEX_FILE, write_private
+from dist_dp.durable import sync_folder
+from dist_dp.errors import CheckpointError
+
+FORMAT = "dist-dp-checkpoint"
+FORMAT_VERSION = 2
+INFO_FILE = "checkpoint.json"
+SECRET_FILE = "secret"
+
+_WHOLE = re.compile(r"save-(\d{6,})")
+_PARTIAL = re.compile(r"\.save-(\d{6,})\.partial")
+
+
+def find_checkpoint(folder: Path) -> Path:
+    """The newest checkpoint of a run.
+
+    Args:
+        folder: The home of a run's checkpoints, or one of them.
+
+    Raises:
+        CheckpointError: There is none.
+    """
+    if (folder / INFO_FILE).exists():
+        return folder
+    numbered = _numbered(folder)
+    if not numbered:
+        raise CheckpointError(
+            f"'{folder}' holds no checkpoint; a run saves them with train.checkpoint_every"
+        )
+    return folder / f"save-{max(numbered):06d}"
+
+
+def has_checkpoint(home: Path) -> bool:
+    """Whether a run can go on from a checkpoint in its home."""
+    return bool(_numbered(home))
+
+
+def read_checkpoint_info(folder: Path) -> dict[str, Any]:
+    """The description of a checkpoint, or of the newest one in a home.
+
+    Raises:
+        CheckpointError: There is none, or it is of another version, or damaged.
+    """
+    folder = find_checkpoint(folder)
+    path = folder / INFO_FILE
+    try:
+        info = json.loads(path.read_text(encoding="utf-8"))
+    except (OSError, ValueError) as error:
+        raise CheckpointError(f"'{path}' cannot be read: {error}") from None
+    if not isinstance(info, dict) or info.get("format") != FORMAT:
+        raise CheckpointError(f"'{path}' does not describe a checkpoint of this package")
+    if info.get("format_version") != FORMAT_VERSION:
+        raise CheckpointError(
+            f"'{path}' has format version {info.get('format_version')}, this package reads "
+            f"{FORMAT_VERSION}; go on with the package version that wrote it"
+        )
+    return info
+
+
+def check_index(folder: Path, info: Mapping[str, Any]) -> None:
+    """Checks the index, and through it every chunk, against the description.
+
+    Raises:
+        CheckpointError: It is damaged.
+    """
+    path = folder / INDEX_FILE
+    if hashlib.sha256(path.read_bytes()).hexdigest() != info["index_sha256"]:
+        raise CheckpointError(f"'{path}' is damaged: it was changed since it was written")
+
+
+def read_secret(folder: Path) -> bytes:
+    """The secret of the run that a checkpoint belongs to.
+
+    Raises:
+        CheckpointError: It cannot be read.
+    """
+    folder = find_checkpoint(folder)
+    try:
+        secret = (folder / SECRET_FILE).read_bytes()
+    except OSError as error:
+        raise CheckpointError(f"cannot read the secret in '{folder}': {error.strerror}") from None
+    if len(secret) != 32:
+        raise CheckpointError(f"the secret in '{folder}' is damaged")
+    return secret
+
+
+def begin(home: Path, secret: bytes) -> Path:
+    """Makes the folder of the next checkpoint, to be filled; rank 0 calls it.
+
+    Removes what earlier processes left half-written.
+
+    Args:
+        home: The run's home of checkpoints; made if missing.
+        secret: The run's secret.
+
+    Returns:
+        The partial folder.
+    """
+    home.mkdir(parents=True, exist_ok=True, mode=0o700)
+    for left in home.iterdir():
+        if _PARTIAL.fullmatch(left.name):
+            shutil.rmtree(left)
+    number = max(_numbered(home), default=0) + 1
+    partial = home / f".save-{number:06d}.partial"
+    partial.mkdir(mode=0o700)
+    write_private(partial / SECRET_FILE, secret)
+    return partial
+
+
+def publish(partial: Path, info: Mapping[str, Any]) -> Path:
+    """Makes a checkpoint visible, all at once, then removes the older ones; rank 0 calls it.
+
+    Args:
+        partial: The folder, with everything but its description, on the disk.
+        info: The description: simple types.
+
+    Returns:
+        The checkpoint's folder.
+    """
+    index = (partial / INDEX_FILE).read_bytes()
+    described = {
+        "format": FORMAT,
+        "format_version": FORMAT_VERSION,
+        "note": "PRIVATE: not settled, holds the run's secret. Never publish or serve it.",
+        **info,
+        "index_sha256": hashlib.sha256(index).hexdigest(),
+    }
+    write_private(partial / INFO_FILE, json.dumps(described, indent=1).encode())
+    sync_folder(partial)
+    home = partial.parent
+    whole = home / partial.name.removeprefix(".").removesuffix(".partial")
+    partial.rename(whole)
+    sync_folder(home)
+    for number in _numbered(home):
+        older = home / f"save-{number:06d}"
+        if older != whole:
+            shutil.rmtree(older)
+    return whole
+
+
+def _numbered(home: Path) -> list[int]:
+    """Numbers of the checkpoints in a home."""
+    if not home.is_dir():
+        return []
+    found = (_WHOLE.fullmatch(path.name) for path in home.iterdir())
+    return [int(match[1]) for match in found if match]

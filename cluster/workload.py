@@ -121,7 +121,10 @@ def dense_shape(model: nn.Module) -> DenseShape:
             )
         elif isinstance(module, LowRankCrossNet):
             for v, u in zip(module.V_kernels, module.W_kernels, strict=True):
-                linears += [LinearShape(v.shape[1], v.shape[0]), LinearShape(u.shape[1], u.shape[0])]
+                linears += [
+                    LinearShape(v.shape[1], v.shape[0]),
+                    LinearShape(u.shape[1], u.shape[0]),
+                ]
         elif isinstance(module, InteractionArch):
             vectors = module.F + 1
         elif isinstance(module, DLRM):

@@ -32,7 +32,7 @@ class MachineRates:
         matmul_flops_per_second: Matrix products of dense layers.
         small_matmul_flops_per_second: Batched products of an interaction.
         activation_bytes_per_second: Passes over activations (read and written).
-        fresh_bytes_per_second: Memory that comes anew from the system, beyond the pass that fills it.
+        fresh_bytes_per_second: Memory new from the system, beyond the pass that fills it.
         indexed_numbers_per_second: Numbers gathered or scattered one by one; one thread.
         lookup_seconds_a_row: FBGEMM's pooled lookup, for each id.
         lookup_bytes_per_second: The same for the bytes it reads at random in a large table.
@@ -143,7 +143,9 @@ class MachineRates:
             raise ConfigError(f"'{path}' lacks, or does not know, {wrong}; {remedy}")
         for name, value in values.items():
             numbers = list(value.values()) if isinstance(value, dict) else [value]
-            if name != "source" and any(not _is_positive(n, zero="seconds" in name) for n in numbers):
+            if name != "source" and any(
+                not _is_positive(n, zero="seconds" in name) for n in numbers
+            ):
                 raise ConfigError(f"'{path}': {name} is {value}; {remedy}")
         return cls(**values)
 
@@ -172,7 +174,7 @@ _NETWORK_RATES = (
 
 
 def seconds_of(work: Work, rates: MachineRates) -> float:
-    """Seconds of some work, ``steps`` and ``tables`` aside (their cost depends on the mechanism)."""
+    """Seconds of some work, ``steps`` and ``tables`` aside (a mechanism sets their cost)."""
     return (
         work.matmul_flops / rates.matmul_flops_per_second
         + work.small_matmul_flops / rates.small_matmul_flops_per_second

@@ -109,7 +109,8 @@ class _Distribution:
     def serves(self, features: Any) -> bool:
         """Whether these are the features that were sent: the same memory, unchanged."""
         values = features.values()
-        return values.data_ptr() == self._values.data_ptr() and values.shape == self._values.shape
+        same = values.data_ptr() == self._values.data_ptr() and values.shape == self._values.shape
+        return bool(same)
 
     def wait(self) -> Any:
         """The ids that arrived here."""
@@ -140,7 +141,7 @@ class CutEmbeddings(nn.Module):
         super().__init__()
         from torchrec.modules.embedding_modules import get_embedding_names_by_table
 
-        self.sharded = sharded
+        self.sharded: Any = sharded
         self.path = path
         self.configs = table_configs(collection)
         self.pooled = hasattr(collection, "embedding_bag_configs")

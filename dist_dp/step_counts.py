@@ -27,7 +27,7 @@ LENGTH = 4
 """Bytes of a bag's length."""
 
 KEPT_BYTES = 32 << 20
-"""glibc gives larger arrays back to the system when they are freed (mallopt(3), M_MMAP_THRESHOLD)."""
+"""glibc gives larger arrays back to the system when freed (mallopt(3), M_MMAP_THRESHOLD)."""
 
 _EXACT_RANKS = 1 << 14
 
@@ -88,7 +88,9 @@ class Work:
 
     def __add__(self, other: Work) -> Work:
         """Both together."""
-        return Work(**{f.name: getattr(self, f.name) + getattr(other, f.name) for f in fields(self)})
+        return Work(
+            **{f.name: getattr(self, f.name) + getattr(other, f.name) for f in fields(self)}
+        )
 
 
 @dataclass(frozen=True)
@@ -420,9 +422,7 @@ def _communication(w: Workload) -> Work:
             work += all_reduce(sums, world)
             # gloo reduces a copy, of which each worker keeps its part
             work += Work(activation_bytes=2 * sums) + _fresh(sums)
-            work += Work(
-                all_gather_bytes=(world - 1) * FLOAT * w.batch * pooled, rounds=world - 1
-            )
+            work += Work(all_gather_bytes=(world - 1) * FLOAT * w.batch * pooled, rounds=world - 1)
         else:
             there = others * FLOAT * w.batch * world * pooled
             work += Work(all_to_all_bytes=2 * there, rounds=2)

@@ -107,4 +107,5 @@ class TableShard:
         table takes the union over ranks (a collective: every rank reaches this call).
         """
         distinct: Tensor = torch.unique(rows)
-        return torch.unique(all_gather_cat(distinct)).to(torch.int64)
+        union: Tensor = torch.unique(all_gather_cat(distinct))
+        return union.to(torch.int64)

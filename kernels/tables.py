@@ -121,7 +121,9 @@ class TableSet:
                 ids = [checks.integers(i, "ids").to(torch.int64) for i in ids]
             if any(i.device.type != "cpu" or i.dim() != 1 for i in ids):
                 raise ValueError("ids: one dimension, on the CPU like the weights, expected")
-            return Stale(*native.take_stale(self._tables, [i.contiguous() for i in ids], before, end))
+            return Stale(
+                *native.take_stale(self._tables, [i.contiguous() for i in ids], before, end)
+            )
         distinct = [
             torch.unique(checks.rows(checks.integers(i, "ids"), "ids", h.numel()))
             for i, h in zip(ids, self._histories, strict=True)

@@ -103,7 +103,9 @@ def _compare(point: dict[str, Any], rates: MachineRates) -> Iterator[Comparison]
 def settings_of(values: dict[str, Any]) -> StepSettings:
     """The settings in a benchmark's file."""
     known = {f.name for f in fields(StepSettings)}
-    given = {k: tuple(v) if isinstance(v, list) else v for k, v in values.items() if k in known}
+    given: dict[str, Any] = {
+        k: tuple(v) if isinstance(v, list) else v for k, v in values.items() if k in known
+    }
     if isinstance(values["rows"], int):
         given["rows"] = (values["rows"],) * values["tables"]
     return StepSettings(**given)

@@ -107,9 +107,7 @@ def small_matmul_rate() -> float:
 
 
 def activation_rate() -> float:
-    """Bytes a second of passes over activations: a ReLU and its backward, features put side by
-    side, a norm.
-    """
+    """Bytes a second of passes over activations: ReLU and its backward, a concatenation, a norm."""
     hidden, pooled = torch.randn(BATCH, 1024), torch.randn(BATCH, (VECTORS - 1) * WIDTH)
     parts = list(pooled.split(WIDTH, dim=1))
     total = seconds(lambda: hidden.clamp_min(0.0))

@@ -103,7 +103,8 @@ def rule_for(layer: nn.Module) -> DenseRule | None:
 
 def _squared(values: Tensor) -> Tensor:
     """Squared norm of each example's values, float ``[batch]``, in one pass over them."""
-    return torch.linalg.vector_norm(values.flatten(1), dim=1).square_()
+    norms: Tensor = torch.linalg.vector_norm(values.flatten(1), dim=1)
+    return norms.square_()
 
 
 def _scaled(values: Tensor, coefficients: Tensor) -> Tensor:

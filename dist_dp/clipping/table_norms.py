@@ -85,7 +85,7 @@ def squared_norms(uses: list[TableUse], num_rows: int, batch: int) -> Tensor:
 
 def _one_pooled_use(use: TableUse, num_rows: int, batch: int) -> Tensor:
     """‖δ_b‖² · Σ_r (Σ m)²: with one pooled use the row gradients are all multiples of δ_b."""
-    delta2 = torch.linalg.vector_norm(use.delta, dim=1).square_()
+    delta2: Tensor = torch.linalg.vector_norm(use.delta, dim=1).square_()
     return delta2 * kernels.bag_repeats(use.rows, use.lengths, use.entry_weights)
 
 
@@ -115,5 +115,5 @@ def squared_norms_of_bags(features: Any, keys: list[str], deltas: Tensor, mean: 
     if bool(mean.any()):
         each = torch.where(mean.unsqueeze(1), lengths.clamp_min(1), 1).to(repeats.dtype)
         repeats = repeats / each.square()
-    delta2 = torch.linalg.vector_norm(deltas, dim=2).square_()
+    delta2: Tensor = torch.linalg.vector_norm(deltas, dim=2).square_()
     return (delta2 * repeats.t()).sum(1)

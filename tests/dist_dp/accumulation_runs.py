@@ -40,6 +40,7 @@ def all_runs(faults: list[str]) -> dict[Any, dict[str, Any]]:
         found["momentum", "mixed", size] = run(
             mixed, optimizer=group_runs.with_momentum, sigma=0.0, micro_batch_size=size
         )
+    found["look ahead", "mixed", 4] = run(KINDS["mixed"], micro_batch_size=4, look_ahead=True)
     for fault in faults:
         with FAULTS[fault]():
             found[fault, "row_wise", 4] = run("row_wise", micro_batch_size=4)

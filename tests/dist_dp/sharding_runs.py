@@ -13,6 +13,7 @@ from torch import Tensor, nn
 
 from dist_dp.leases import StepLeases
 from dist_dp.loader import PoissonLoader, as_source
+from dist_dp.look_ahead import LookAhead
 from dist_dp.private_model import PrivateModel
 from dist_dp.sampling import PoissonSampler
 from dist_dp.schedules import ScheduleConfig
@@ -54,6 +55,11 @@ def one_group(whole: nn.Module) -> torch.optim.Optimizer:
     return torch.optim.SGD(whole.parameters(), lr=unsharded.LR, weight_decay=unsharded.DECAY)
 
 
+def features_of(batch: Any) -> dict[str, Any]:
+    """What each collection of the model gets."""
+    return dict(zip(("pooled", "weighted", "sequence"), batch.inputs[1:], strict=True))
+
+
 def private_run(
     kind: Any,
     *,
@@ -64,6 +70,7 @@ def private_run(
     optimizer: Callable[[nn.Module], torch.optim.Optimizer] = one_group,
     micro_batch_size: int | None = None,
     clip_schedule: ScheduleConfig | None = None,
+    look_ahead: bool = False,
 ) -> dict[str, Any]:
     """Final pieces and dense weights, norms by step, and the kinds of the shards."""
     whole = unsharded.model()
@@ -80,6 +87,8 @@ def private_run(
     fall = torch.optim.lr_scheduler.ExponentialLR(private.optimizer, 0.8)
     norms, real = [], []
     loader = loader_of(private, STEPS, micro_batch_size=micro_batch_size)
+    if look_ahead:
+        LookAhead(whole, private.optimizer, loader, features_of)
     with FAULTS[fault](private) if fault else nullcontext():
         for batch in loader:
             real.append(private.state.batch_size)

@@ -84,6 +84,14 @@ def test_parts_equal_the_whole(runs: Any, what: str, kind: str, size: int, worke
         torch.testing.assert_close(torch.cat(other["norms"]), torch.cat(one["norms"]))
 
 
+@pytest.mark.parametrize("workers", [1, 2])
+def test_looking_ahead_changes_no_bit(runs: Any, workers: int) -> None:
+    """Rows of the next step alone are settled ahead, beside the last part."""
+    plain = together(runs[workers]["lazydp", "mixed", 4])
+    ahead = together(runs[workers]["look ahead", "mixed", 4])
+    assert all(torch.equal(ahead[name], value) for name, value in plain.items())
+
+
 def test_parts_are_unequal_and_some_are_empty(runs: Any) -> None:
     real = [r["real"] for r in runs[2]["lazydp", "row_wise", 1]]
     assert len(real[0]) == len(real[1]) > STEPS and real[0] != real[1]

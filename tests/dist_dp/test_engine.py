@@ -261,7 +261,7 @@ def test_an_unsettled_row_is_not_released(tmp_path: Path) -> None:
 
 
 REFUSED: dict[str, tuple[dict[str, Any], type[DistDpError], str]] = {
-    "momentum": ({"momentum": 0.9}, ConfigError, "momentum"),
+    "nesterov": ({"nesterov": True}, ConfigError, "(?i)nesterov"),
     "epochs and steps": ({"steps": 4}, ConfigError, "either epochs or steps"),
     "epsilon": ({"target_epsilon": 0.0}, ConfigError, "epsilon"),
     "delta": ({"target_delta": 0.5}, ConfigError, "delta"),
@@ -274,8 +274,10 @@ def test_refused_before_anything_is_charged(tmp_path: Path, case: str) -> None:
     options, kind, words = REFUSED[case]
     module = model(meta=False)
     options = dict(options)
-    momentum = options.pop("momentum", 0.0)
-    optimizer = torch.optim.SGD(module.parameters(), lr=0.1, momentum=momentum)
+    nesterov = bool(options.pop("nesterov", False))
+    optimizer = torch.optim.SGD(
+        module.parameters(), lr=0.1, momentum=0.9 * nesterov, nesterov=nesterov
+    )
     with pytest.raises(kind, match=words):
         train(engine(tmp_path), module, optimizer=optimizer, **options)
     assert not ledger(tmp_path).datasets()

@@ -197,6 +197,8 @@ class Trainer:
             while not done.wait(0.2):
                 try:
                     progress = ray.get(monitor.latest.remote(), timeout=5)
+                except ray.exceptions.GetTimeoutError:
+                    continue  # A busy machine; the workers are still there.
                 except ray.exceptions.RayError:
                     return
                 if not said and "kernels" in progress:

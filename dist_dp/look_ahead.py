@@ -135,7 +135,7 @@ class LookAhead:
 
     def _settle_all(self) -> None:
         for cut in self._optimizer.cuts:
-            for reads in cut.rows_ahead():
+            for reads in cut.reads_ahead():
                 self._mechanism.settle_ahead(reads)
 
     def finish(self) -> None:

@@ -183,7 +183,7 @@ def build_private_model(
     for cut in cuts:
         cut.timer = timer
         cut.watch_lookups(settle_before_lookup)
-        cut.own_updates()
+        cut.local.own_updates()
         for shard in cut.shards:
             shard.noise_key = kernels.derive_key(secret, "tables", shard.table)
             mechanism.prepare(shard)

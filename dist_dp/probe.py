@@ -62,7 +62,7 @@ def check_losses_independent(
 
 
 def _no_gradient_elsewhere(cut: CutEmbeddings, position: int) -> None:
-    for call in cut._calls:
+    for call in cut.calls:
         for piece in call.pieces.values():
             grad = piece.leaf.grad
             if grad is None:

@@ -107,6 +107,12 @@ def library(path: Path = FILE) -> ctypes.CDLL | None:
         ctypes.c_int32,
     ]  # fmt: skip
     loaded.dist_dp_blocks.restype = None
+    loaded.dist_dp_use_team.argtypes = [pointer]
+    loaded.dist_dp_use_team.restype = None
+    # Of the OpenMP runtime that torch brought along; see native/team.h.
+    team = getattr(ctypes.CDLL(None), "GOMP_parallel", None)
+    if team is not None:
+        loaded.dist_dp_use_team(ctypes.cast(team, pointer))
     return loaded
 
 

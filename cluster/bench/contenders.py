@@ -119,8 +119,8 @@ class PlainStep:
 
     def activate(self) -> None:
         """Sets the cut aside; gradients of a rank's mean are summed, so the rate is shared out."""
-        self._cut.plain = True
-        for fused in self._cut.fused:
+        self._cut.local.plain = True
+        for fused in self._cut.local.fused:
             fused.set_learning_rate(LEARNING_RATE / world_size())
 
     def step(self) -> Sample:
@@ -191,7 +191,7 @@ class PrivateStep:
     def activate(self) -> None:
         """Puts the mechanism into the optimizer."""
         for cut in self._parts.cuts:
-            cut.plain = False
+            cut.local.plain = False
         self._parts.optimizer.mechanism = self.mechanism
 
     def step(self) -> Sample:

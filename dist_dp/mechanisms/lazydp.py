@@ -122,7 +122,8 @@ class LazyDP(Mechanism):
             scale=scale,
             rounds=self.rounds,
             grid=grid,
-            note=older_than is None,
+            # Stale rows are in no graph of this step: a lookup would have settled them.
+            note=False,
         )
         for shard in shards:
             shard.settling = False

@@ -9,11 +9,10 @@
 #include <atomic>
 #include <cfenv>
 #include <cmath>
-#include <system_error>
-#include <thread>
 #include <vector>
 
 #include "job.h"
+#include "team.h"
 
 #define EXPORT extern "C" __attribute__((visibility("default")))
 
@@ -127,6 +126,13 @@ bool is_factor(double x, bool round_up) {
 
 EXPORT int32_t dist_dp_interface() { return kInterface; }
 
+// From now on work is shared out among the threads of an OpenMP runtime; `parallel` is its
+// GOMP_parallel. Nothing may be running.
+EXPORT void dist_dp_use_team(Team parallel) {
+  the_team = parallel;
+  team_owner = getpid();
+}
+
 // 0: portable, 1: AVX2 with fused multiply-add, 2: AVX-512.
 EXPORT int32_t dist_dp_best_isa() {
 #if defined(__x86_64__)
@@ -187,19 +193,7 @@ EXPORT void dist_dp_settle(const Job *jobs, int64_t num_jobs, int32_t threads, i
       work(*pieces[i].job, pieces[i].first, pieces[i].last);
     }
   };
-  const int64_t most = static_cast<int64_t>(pieces.size());
-  const int64_t wanted = threads < most ? threads : most;
-  std::vector<std::thread> helpers;
-  helpers.reserve(wanted > 1 ? static_cast<size_t>(wanted - 1) : 0);
-  for (int64_t i = 1; i < wanted; ++i) {
-    try {
-      helpers.emplace_back(loop);
-    } catch (const std::system_error &) {
-      break;  // no more threads to be had: those there are do the work
-    }
-  }
-  loop();
-  for (std::thread &helper : helpers) helper.join();
+  in_threads(pieces.size() < 2 ? 1 : threads, loop);
 }
 
 // Settles the rows that dist_dp_take_stale found. Returns 0, or the fault among the steps and

@@ -11,8 +11,8 @@ from unittest import mock
 import pytest
 from torch import Tensor
 
-from dist_dp.cut import CutEmbeddings
-from dist_dp.row_gradients import RowGradients, apply_to_state
+from dist_dp.local_tables import LocalTables
+from dist_dp.row_gradients import RowGradients
 from tests.dist_dp import gradients
 from tests.dist_dp.models import BATCH
 from tests.dist_dp.worlds import run_world
@@ -24,25 +24,14 @@ ALL = list(range(BATCH))
 SPLITS = {1: [ALL], 2: [ALL[:6], ALL[6:]]}
 
 
-def own_all(cut: CutEmbeddings) -> None:
+def own_all(tables: LocalTables) -> None:
     """Takes the update from every kernel; plain float32 weights then take SGD's step here."""
-    for kernel, shards, feature_counts, replicas in cut._kernels:
-        if replicas is not None:
-            cut.replicas.remove(replicas)
-        cut.owned.append(
-            RowGradients(
-                kernel,
-                shards,
-                feature_counts,
-                pooled=cut.pooled,
-                apply=apply_to_state,
-                replicas=replicas,
-            )
-        )
+    for kernel in tables.kernels:
+        tables.own_update(kernel)
 
 
 def owned_steps(work: list[tuple[Any, ...]]) -> dict[tuple[Any, ...], dict[str, Any]]:
-    with mock.patch.object(CutEmbeddings, "own_updates", own_all):
+    with mock.patch.object(LocalTables, "own_updates", own_all):
         return gradients.all_cases(work)
 
 

@@ -125,7 +125,6 @@ class PrivateOptimizer(torch.optim.Optimizer):
         self.before_step_ends: list[Callable[[], None]] = []
         self._state = state
         self._norms: list[Tensor] = []
-        self._parts_added = 0
         for cut in cuts:
             cut.learning_rate = lambda: self._table_rates()[0]
         # One stream for all dense parameters, in the recorder's order.
@@ -190,7 +189,8 @@ class PrivateOptimizer(torch.optim.Optimizer):
 
         Raises:
             DistDpError: No batch is in flight, or it was not the batch the model saw.
-            ModelError: A gradient came by a way that clipping does not see, or is not finite.
+            ModelError: A gradient came by a way that clipping does not see, or is not finite: the
+                run is over then (:class:`~dist_dp.step_state.StepState`).
         """
         if closure is not None:
             raise DistDpError("a private step takes no closure: one backward a step")
@@ -206,31 +206,23 @@ class PrivateOptimizer(torch.optim.Optimizer):
             )
         is_real = self._state.take(batch)
         part = self._state.part
-        if part == 0:
-            self._parts_added = 0
-        elif part != self._parts_added:
-            # Without it the step would leave out records because of what another one holds.
-            raise DistDpError(
-                f"micro-batch {self._parts_added + 1} of step {self._state.step} failed: the step "
-                "cannot be taken without it. Resume from the last checkpoint"
-            )
         device = self.device
         is_real = is_real.to(device)
         with self.timer.phase("clip"):
             norms, coefficients = self._coefficients(is_real)
             sums = self._sums
             if part == 0:
-                sums.flat.zero_()
+                sums.empty()
                 self._norms.clear()
             self.recorder.add_clipped_sums(coefficients, sums)
             self._norms.append(norms[is_real])
-            self._parts_added = part + 1
         per_example = coefficients / self.plan.expected_batch_size
         if self.is_accumulating:
             with self.timer.phase("clip"):
                 for cut in self.cuts:
                     cut.hold(per_example)
             self.forget()
+            self._state.finish()
             return
         with self.timer.phase("communication"):
             all_reduce_sum(sums.flat)
@@ -251,6 +243,7 @@ class PrivateOptimizer(torch.optim.Optimizer):
         for finish in self.before_step_ends:
             finish()
         self.forget()
+        self._state.finish()
         norms = torch.cat(self._norms)
         limit = self.plan.max_grad_norm_at(step)
         clipped = int((norms > limit).sum()) if self.mechanism.private else 0

@@ -13,6 +13,8 @@ class StepState:
 
     A Poisson batch that is drawn is charged; stepping twice on a part of it, leaving one out, or
     drawing the next batch before the step, would make the accounting wrong, so all are errors.
+    So is to go on after a step that failed: what failed may be one record's doing (a gradient
+    that is not finite), and leaving its batch out would tell of it.
 
     Attributes:
         step: Number of the step in flight, from 1; 0 before the first.
@@ -28,6 +30,7 @@ class StepState:
         self.is_last = True
         self.batch_size = 0
         self.is_real: Tensor | None = None
+        self._unfinished = False
 
     def begin(
         self, step: int, num_real: int, padded_size: int, part: int = 0, is_last: bool = True
@@ -42,8 +45,10 @@ class StepState:
             is_last: Whether no other follows in this step.
 
         Raises:
-            DistDpError: The micro-batch before was never stepped, or this is not the next one.
+            DistDpError: The micro-batch before was never stepped, or this is not the next one, or
+                the step before failed.
         """
+        self.check_nothing_failed()
         if self.is_real is not None:
             raise DistDpError(
                 f"the batch of step {self.step} was drawn but never stepped: call "
@@ -64,9 +69,13 @@ class StepState:
     def take(self, batch: int | None) -> Tensor:
         """The mask of real examples of the micro-batch in flight, bool ``[batch]``; ends it.
 
+        From here to :meth:`finish` the step is unfinished: if it fails, nothing follows it.
+
         Raises:
-            DistDpError: No batch is in flight, or the model saw another number of examples.
+            DistDpError: No batch is in flight, the model saw another number of examples, or the
+                step before failed.
         """
+        self.check_nothing_failed()
         if self.is_real is None:
             raise DistDpError(
                 "optimizer.step() without a new batch: draw one batch from the private loader "
@@ -78,4 +87,23 @@ class StepState:
                 f"{self.is_real.numel()}: pass each batch to the model whole and once"
             )
         mask, self.is_real = self.is_real, None
+        self._unfinished = True
         return mask
+
+    def finish(self) -> None:
+        """The micro-batch that was taken has had its effect."""
+        self._unfinished = False
+
+    def check_nothing_failed(self) -> None:
+        """Refuses to go on, or to publish, after a step that failed.
+
+        Raises:
+            DistDpError: One did.
+        """
+        if self._unfinished:
+            raise DistDpError(
+                f"step {self.step} failed in optimizer.step(), perhaps because of what its records "
+                "hold: going on without them, or publishing what was trained until then, would "
+                "tell of them. Resume from the last checkpoint with the cause removed (a lower "
+                "learning rate, other features), or start a new run"
+            )

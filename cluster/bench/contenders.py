@@ -130,6 +130,7 @@ class PlainStep:
         batch = next(self._batches)
         examples = self._state.batch_size
         self._state.take(None)
+        self._state.finish()
         with timer.phase("forward"):
             logits = self._twin(batch.dense_features, batch.sparse_features)
             loss = torch.nn.functional.binary_cross_entropy_with_logits(logits, batch.labels)

@@ -66,6 +66,8 @@ class DenseRule(ABC):
         records: Sequence[Record],
         coefficients: Tensor,
         sums: dict[str, Tensor],
+        *,
+        anew: bool,
     ) -> None:
         """Adds :meth:`clipped_sums` to ``sums``, in place; override it to save the copy.
 
@@ -74,9 +76,13 @@ class DenseRule(ABC):
             records: One entry for each time the layer was called in this step.
             coefficients: float tensor ``[batch]``.
             sums: By parameter name, every trained parameter's, in its shape.
+            anew: Write instead of adding: what the sums hold is no number yet.
         """
         for name, value in self.clipped_sums(layer, records, coefficients).items():
-            sums[name].add_(value.detach())
+            if anew:
+                sums[name].copy_(value.detach())
+            else:
+                sums[name].add_(value.detach())
 
 
 _RULES: dict[type[nn.Module], DenseRule] = {}
@@ -159,8 +165,8 @@ class LinearRule(DenseRule):
         self, layer: nn.Module, records: Sequence[Record], coefficients: Tensor
     ) -> dict[str, Tensor]:
         """See the class."""
-        sums = {n: torch.zeros_like(p) for n, p in layer.named_parameters() if p.requires_grad}
-        self.add_clipped_sums(layer, records, coefficients, sums)
+        sums = {n: torch.empty_like(p) for n, p in layer.named_parameters() if p.requires_grad}
+        self.add_clipped_sums(layer, records, coefficients, sums, anew=True)
         return sums
 
     @torch.no_grad()
@@ -170,18 +176,23 @@ class LinearRule(DenseRule):
         records: Sequence[Record],
         coefficients: Tensor,
         sums: dict[str, Tensor],
+        *,
+        anew: bool,
     ) -> None:
         """See the class: one matrix product δᵀ diag(c) a, scaling the narrower of the two."""
-        a, d = self._positions(records)
-        positions = d.shape[1]
+        a, d = (x.flatten(0, 1) for x in self._positions(records))
+        each = coefficients
+        if d.shape[0] != coefficients.shape[0]:
+            each = coefficients.repeat_interleave(d.shape[0] // coefficients.shape[0])
+        keep = 0.0 if anew else 1.0  # with 0 the old content is not read
         if "bias" in sums:
-            sums["bias"].addmv_(d.flatten(0, 1).t(), coefficients.repeat_interleave(positions))
+            sums["bias"].addmv_(d.t(), each, beta=keep)
         if "weight" in sums:
-            if a.shape[2] < d.shape[2]:
-                a = _scaled(a, coefficients)
+            if a.shape[1] < d.shape[1]:
+                a = a * each.unsqueeze(1)
             else:
-                d = _scaled(d, coefficients)
-            sums["weight"].addmm_(d.flatten(0, 1).t(), a.flatten(0, 1))
+                d = d * each.unsqueeze(1)
+            sums["weight"].addmm_(d.t(), a, beta=keep)
 
 
 @register_rule(nn.LayerNorm)

@@ -75,16 +75,22 @@ class DenseSums:
     Attributes:
         flat: float ``[parameters]``, all of them back to back: one all-reduce, one norm.
         by_name: Views of it in the parameters' shapes, by full name.
+        is_empty: Nothing was added since :meth:`empty`; ``flat`` then holds no numbers.
     """
 
     def __init__(self, parameters: Mapping[str, nn.Parameter]) -> None:
         sizes = [p.numel() for p in parameters.values()]
         device = next(iter(parameters.values())).device if parameters else None
         self.flat = torch.zeros(sum(sizes), device=device)
+        self.is_empty = True
         parts = self.flat.split(sizes) if sizes else ()
         self.by_name = {
             n: part.view(p.shape) for (n, p), part in zip(parameters.items(), parts, strict=True)
         }
+
+    def empty(self) -> None:
+        """Starts afresh: what is added next is written over what is there."""
+        self.is_empty = True
 
 
 class DenseRecorder:
@@ -286,15 +292,19 @@ class DenseRecorder:
         """
         with self._pause():
             for name, (layer, rule) in self.layers.items():
+                prefix = f"{name}." if name else ""
+                own = {
+                    child: sums.by_name[prefix + child]
+                    for child, parameter in layer.named_parameters()
+                    if parameter.requires_grad
+                }
                 records = self._records(name, coefficients.shape[0])
                 if records:
-                    prefix = f"{name}." if name else ""
-                    own = {
-                        child: sums.by_name[prefix + child]
-                        for child, parameter in layer.named_parameters()
-                        if parameter.requires_grad
-                    }
-                    rule.add_clipped_sums(layer, records, coefficients, own)
+                    rule.add_clipped_sums(layer, records, coefficients, own, anew=sums.is_empty)
+                elif sums.is_empty:
+                    for value in own.values():
+                        value.zero_()
+        sums.is_empty = False
 
     @contextmanager
     def _pause(self) -> Iterator[None]:

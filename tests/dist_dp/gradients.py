@@ -211,7 +211,7 @@ def _ignore_repeats() -> Iterator[None]:
         return torch.zeros(lengths.numel()).index_add_(0, bags, each)
 
     with (
-        mock.patch("dist_dp.cut.squared_norms", naive),
+        mock.patch("dist_dp.clipping.table_uses.squared_norms", naive),
         mock.patch("dist_dp.clipping.table_norms.kernels.bag_repeats", ones),
     ):
         yield

@@ -18,6 +18,7 @@ from torch.utils.data import DataLoader, Dataset
 from torchrec import KeyedJaggedTensor
 
 from dist_dp.accountant import LocalAccountant
+from dist_dp.checkpoint import save_checkpoint
 from dist_dp.engine import PrivacyEngine
 from dist_dp.errors import BudgetError, ConfigError, DistDpError, ModelError, ReleaseError
 from dist_dp.ledger import Ledger
@@ -73,6 +74,39 @@ def train(
 
 def ledger(tmp_path: Path) -> LocalAccountant:
     return LocalAccountant(Ledger(tmp_path / "ledger.sqlite"))
+
+
+def test_nothing_follows_a_step_that_failed(tmp_path: Path) -> None:
+    """A record whose gradient is not finite must not decide that its batch is left out."""
+    module = model(meta=False)
+    made = engine(tmp_path)
+    module, optimizer, loader = made.make_private_with_epsilon(
+        module=module,
+        optimizer=torch.optim.SGD(module.parameters(), lr=0.1),
+        data_loader=data_loader(),
+        target_epsilon=4.0,
+        target_delta=DELTA,
+        max_grad_norm=1.0,
+        epochs=2,
+    )
+    batches = iter(loader)
+    for number in range(2):
+        batch = next(batches)
+        loss = LOSSES(module(*batch.inputs), batch.labels)
+        (loss * float("nan") if number else loss).backward()
+        if number:
+            with pytest.raises(ModelError, match="not finite"):
+                optimizer.step()
+            optimizer.zero_grad()
+        else:
+            optimizer.step()
+    with pytest.raises(DistDpError, match="step 2 failed"):
+        made.release(tmp_path / "release")
+    assert not (tmp_path / "release").exists()
+    with pytest.raises(DistDpError, match="step 2 failed"):
+        save_checkpoint(made, tmp_path / "checkpoints")
+    with pytest.raises(DistDpError, match="step 2 failed"):
+        next(batches)
 
 
 def test_three_lines_and_a_release(tmp_path: Path) -> None:

@@ -18,6 +18,7 @@ def test_one_step_a_batch() -> None:
     with pytest.raises(DistDpError, match="batch of step 1 was drawn but never stepped"):
         state.begin(2, 1, 1)
     assert torch.equal(state.take(4), torch.tensor([True, True, True, False]))
+    state.finish()
     with pytest.raises(DistDpError, match="without a new batch"):
         state.take(4)
 
@@ -34,3 +35,15 @@ def test_the_model_must_see_the_whole_batch() -> None:
     with pytest.raises(DistDpError, match="saw 3 examples, the private loader gave 4"):
         state.take(3)
     state.take(4)  # the refusal used nothing up
+
+
+def test_nothing_follows_a_step_that_was_not_finished() -> None:
+    state = StepState()
+    state.check_nothing_failed()
+    state.begin(1, 3, 4)
+    state.take(4)
+    for next_one in (lambda: state.begin(2, 1, 1), lambda: state.take(4)):
+        with pytest.raises(DistDpError, match="step 1 failed in optimizer.step()"):
+            next_one()
+    with pytest.raises(DistDpError, match="Resume from the last checkpoint"):
+        state.check_nothing_failed()

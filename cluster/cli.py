@@ -285,7 +285,8 @@ def epsilon(
     accountant: Annotated[Literal["pld", "rdp"], typer.Option(help="How ε is composed.")] = "pld",
 ) -> None:
     """Compute ε from σ, or σ from ε, for Poisson-sampled DP-SGD."""
-    from dist_dp.accounting import GaussianEvent, calibrate_noise_multiplier, epsilon_of
+    from dist_dp.accounting import GaussianEvent, epsilon_of
+    from dist_dp.calibration import calibrate_noise_multiplier
     from dist_dp.errors import ConfigError
 
     if sample_rate is None:

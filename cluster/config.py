@@ -148,10 +148,12 @@ class PrivacyConfig(_Section):
         mechanism: ``lazydp``, ``dpsgd`` or ``none``.
         epsilon: Target ε; the noise is calibrated to it. Or give ``noise_multiplier``.
         delta: δ; by default 0.1 / number of training records.
-        noise_multiplier: σ, instead of ``epsilon``.
+        noise_multiplier: σ, instead of ``epsilon``; the largest of any step.
         max_grad_norm: Clip norm C over all parameters together.
         clip_schedule: Factor of ``max_grad_norm`` by step, as the learning rate's schedule with
             ``base`` 1 (which may be left out); the noise follows, ε does not change.
+        noise_multiplier_schedule: Factor of ``noise_multiplier``, given or calibrated, by step,
+            likewise with base 1; rounded up to 16 levels. ε is that of what is drawn.
         accountant: ``pld`` (tight) or ``rdp`` (for comparison).
         allow_large_delta: Accept δ ≥ 1 / number of records all the same.
         dataset_budget: Total of the data set, if the ledger does not know it yet; by default
@@ -168,6 +170,7 @@ class PrivacyConfig(_Section):
     noise_multiplier: Annotated[float, Field(gt=0)] | None = None
     max_grad_norm: Annotated[float, Field(gt=0)] = 1.0
     clip_schedule: ScheduleConfig | None = None
+    noise_multiplier_schedule: ScheduleConfig | None = None
     accountant: Literal["pld", "rdp"] = "pld"
     allow_large_delta: bool = False
     dataset_budget: BudgetConfig | None = None
@@ -175,7 +178,7 @@ class PrivacyConfig(_Section):
     ledger: str | None = None
     seed: int | None = None
 
-    @field_validator("clip_schedule", mode="before")
+    @field_validator("clip_schedule", "noise_multiplier_schedule", mode="before")
     @classmethod
     def _factor(cls, value: Any) -> Any:
         return {"base": 1.0, **value} if isinstance(value, dict) else value

@@ -97,6 +97,7 @@ def make_plan(config: RunConfig, num_records: int) -> PrivacyPlan:
         noise_multiplier=privacy.noise_multiplier,
         max_grad_norm=privacy.max_grad_norm,
         clip_schedule=privacy.clip_schedule,
+        noise_multiplier_schedule=privacy.noise_multiplier_schedule,
         num_records=num_records,
         expected_batch_size=train.expected_batch_size,
         steps=steps,
@@ -128,14 +129,15 @@ def _noise_of_steps(config: RunConfig, plan: PrivacyPlan) -> tuple[float, float]
     def deviation(step: int) -> float:
         return step_deviation(
             learning_rate_at(schedule, step),
-            plan.noise_multiplier or 0.0,
+            plan.noise_multiplier_at(step),
             plan.max_grad_norm_at(step),
             plan.expected_batch_size,
         )
 
-    # Rates and clip norms rise up to the peak and never after it, so the first too small is found
-    # by halving.
-    rising = plan.clip_schedule.warmup_steps if plan.clip_schedule else 0
+    # Rates, clip norms and noise multipliers rise up to the peak and never after it, so the first
+    # too small is found by halving.
+    factors = (plan.clip_schedule, plan.noise_multiplier_schedule)
+    rising = max(factor.warmup_steps if factor else 0 for factor in factors)
     peak = min(plan.steps, max(1, schedule.warmup_steps, rising))
     falling = range(peak, plan.steps + 1)
     small = bisect_left(falling, True, key=lambda step: deviation(step) < SMALLEST_DEVIATION)

@@ -58,6 +58,7 @@ def make_report(
         "epsilon": plan.epsilon() if private else None,
         "delta": plan.delta if private else None,
         "noise_multiplier": plan.noise_multiplier,
+        "noise_multiplier_range": list(plan.noise_multiplier_range()),
         "max_grad_norm": plan.max_grad_norm,
         "noise_grid": plan.noise_grid,
         "num_records": plan.num_records,
@@ -175,7 +176,7 @@ def print_report(report: dict[str, Any]) -> None:
         head.add_row("privacy", f"[bold red]none[/] (mechanism {report['mechanism']})")
     else:
         head.add_row("privacy", f"ε = {report['epsilon']:.4g}, δ = {report['delta']:.3g}")
-        head.add_row("noise multiplier", f"{report['noise_multiplier']:.4g}")
+        head.add_row("noise multiplier", _noise(report))
         head.add_row("clip norm", f"{report['max_grad_norm']:g}")
     if report["noise_grid"] is not None:
         spacing = report["noise_grid"]
@@ -216,6 +217,11 @@ def print_report(report: dict[str, Any]) -> None:
             size_text(table["bytes"]),
         )
     console.print(sharding)
+
+
+def _noise(report: dict[str, Any]) -> str:
+    least, greatest = report["noise_multiplier_range"]
+    return f"{greatest:.4g}" if least == greatest else f"{least:.4g} to {greatest:.4g}, by schedule"
 
 
 def _largest_piece(shards: list[dict[str, Any]]) -> str:

@@ -126,7 +126,7 @@ def make_summary(run: _Run, metrics: dict[str, float], split: str | None) -> dic
     """
     parts, plan, config = run.engine.parts, run.engine.parts.plan, run.config
     steps = parts.mechanism.schedule.step
-    charged = run.engine.steps_charged()
+    charged = run.engine.charged_events()
     peaks = _gather(peak_memory_bytes(run.device))
     sharding = _sharding(run)
     private = plan.is_private and not run.engine.secret_is_given
@@ -145,6 +145,7 @@ def make_summary(run: _Run, metrics: dict[str, float], split: str | None) -> dic
         "target_epsilon": plan.target_epsilon,
         "delta": plan.delta if plan.is_private else None,
         "noise_multiplier": plan.noise_multiplier,
+        "noise_multiplier_range": list(plan.noise_multiplier_range()),
         "max_grad_norm": plan.max_grad_norm if plan.mechanism != "none" else None,
         "num_records": plan.num_records,
         "expected_batch_size": plan.expected_batch_size,
@@ -152,7 +153,7 @@ def make_summary(run: _Run, metrics: dict[str, float], split: str | None) -> dic
         "sampling": plan.sampling,
         "steps": steps,
         "planned_steps": plan.steps,
-        "steps_charged": charged,
+        "steps_charged": run.engine.steps_charged(),
         "evaluated_on": split,
         "auc": finite(metrics.get("auc")),
         "normalized_entropy": finite(metrics.get("normalized_entropy")),

@@ -145,7 +145,7 @@ class Trainer:
         """Refuses early what the workers would refuse once they are up."""
         known = {budget.name for budget in accountant.datasets()}
         whole = self.resume is None and not self.config.privacy.stop_at_budget
-        if whole and prepared.plan.event() is not None and prepared.dataset in known:
+        if whole and prepared.plan.mechanism != "none" and prepared.dataset in known:
             check_whole_run_fits(accountant, prepared.dataset, prepared.plan)
 
     def _job(self, folder: Path, prepared: Prepared, ledger: Path) -> Job:
@@ -232,7 +232,7 @@ def _warn(reasons: list[str]) -> None:
 def epsilon_by_step(plan: PrivacyPlan, steps: int, points: int = 10) -> list[list[float]]:
     """Exact ε after some of the steps, closer together at the start, where ε rises fastest."""
     chosen = {max(1, round(steps * (i / points) ** 2)) for i in range(1, points + 1)}
-    return [[float(s), plan.epsilon(s)] for s in sorted(chosen) if s <= steps]
+    return [[float(s), plan.epsilon(plan.events(s))] for s in sorted(chosen) if s <= steps]
 
 
 def fit_workers(

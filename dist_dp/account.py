@@ -7,11 +7,11 @@ from pathlib import Path
 from typing import Any
 
 from dist_dp.accountant import LocalAccountant
-from dist_dp.accounting import max_steps
 from dist_dp.distributed import broadcast_object, rank
 from dist_dp.errors import BudgetError, DistDpError, LedgerError
 from dist_dp.ledger import Ledger
 from dist_dp.plan import PrivacyPlan
+from dist_dp.step_costs import max_steps
 
 
 def default_ledger_path() -> Path:
@@ -38,10 +38,10 @@ def check_whole_run_fits(accountant: Any, dataset: str, plan: PrivacyPlan) -> No
     Raises:
         BudgetError: What is left of the data set's budget does not cover every planned step.
     """
-    event = plan.event()
-    assert event is not None
     spend = accountant.spent(dataset)
-    fits = max_steps(event, spend.steps_by_event, spend.budget_epsilon, spend.delta, plan.steps)
+    fits = max_steps(
+        plan.step_costs(), 1, plan.steps, spend.steps_by_event, spend.budget_epsilon, spend.delta
+    )
     if fits < plan.steps:
         raise BudgetError(
             f"data set '{dataset}' has spent ε = {spend.epsilon:.4g} of "
@@ -65,6 +65,21 @@ def _check_no_later_release(accountant: Any, run_id: str, step: int, settled: bo
             f"run '{run_id}' released a model of step {released} after its checkpoint of step "
             f"{step}: going on would publish those steps again with other noise. Keep that "
             "release, or start a new run."
+        )
+
+
+def _check_same_costs(accountant: Any, run_id: str, plan: PrivacyPlan) -> None:
+    """Refuses a plan whose steps have other noise than the run was opened with.
+
+    The ledger charges a step as it was planned then. A plan of another noise, or another version's
+    rounding of its schedule, would draw what nobody charges.
+    """
+    opened = accountant.run_costs(run_id)
+    if opened != plan.step_costs():
+        raise LedgerError(
+            f"run '{run_id}' was opened in the ledger with other noise or another number of steps "
+            "than it would now go on with: resume it with the configuration and the version of "
+            "dist-dp that began it, or start a new run."
         )
 
 
@@ -116,19 +131,21 @@ def open_account(
     Raises:
         BudgetError: The data set's budget does not allow the run.
         LedgerError: The run is in the ledger already, the ledger cannot be used, or a resumed
-            run has released a model that its checkpoint knows nothing of.
+            run has released a model that its checkpoint knows nothing of, or was opened with
+            other noise.
     """
     failure: DistDpError | None = None
     if rank() == 0:
         try:
             accountant = accountant or LocalAccountant(Ledger(ledger))
-            event = plan.event()
+            costs = None if plan.mechanism == "none" else plan.step_costs()
             if resumed_at is not None:
                 _check_no_later_release(accountant, run_id, *resumed_at)
-                if event is not None:
+                if costs is not None:
+                    _check_same_costs(accountant, run_id, plan)
                     _check_steps_are_charged(accountant, run_id, resumed_at[0])
             else:
-                if event is not None:
+                if costs is not None:
                     accountant.register_dataset(
                         dataset,
                         fingerprint=fingerprint or f"named:{dataset}",
@@ -140,9 +157,8 @@ def open_account(
                     )
                     if not stop_at_budget:
                         check_whole_run_fits(accountant, dataset, plan)
-                accountant.open_run(
-                    run_id, dataset, event, plan.steps, {"non_private": event is None}
-                )
+                about = {"non_private": costs is None, "planned_steps": plan.steps}
+                accountant.open_run(run_id, dataset, costs, about)
         except DistDpError as error:
             failure = error
     message = broadcast_object(str(failure) if failure else None)

@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING, Any, cast
 
 from dist_dp.accounting import GaussianEvent
 from dist_dp.ledger_state import DatasetBudget, Entry, Lease, Spend
+from dist_dp.step_costs import StepCosts
 
 if TYPE_CHECKING:
     from dist_dp.ledger import Ledger
@@ -23,7 +24,18 @@ WRITING = frozenset(
         "close_run",
     }
 )
-READING = frozenset({"spent", "run_epsilon", "run_steps", "released_step", "history", "datasets"})
+READING = frozenset(
+    {
+        "spent",
+        "run_epsilon",
+        "run_steps",
+        "run_charges",
+        "run_costs",
+        "released_step",
+        "history",
+        "datasets",
+    }
+)
 
 
 class Accountant(ABC):
@@ -94,16 +106,13 @@ class Accountant(ABC):
         self,
         run_id: str,
         dataset: str,
-        event: GaussianEvent | None,
-        planned_steps: int,
+        costs: StepCosts | None,
         details: dict[str, Any] | None = None,
         *,
         request_id: str | None = None,
     ) -> None:
         """Open a run that will be charged to a data set."""
-        self._write(
-            "open_run", run_id, dataset, event, planned_steps, details, request_id=request_id
-        )
+        self._write("open_run", run_id, dataset, costs, details, request_id=request_id)
 
     def reserve(
         self, run_id: str, first_step: int, steps: int, *, request_id: str | None = None
@@ -138,6 +147,14 @@ class Accountant(ABC):
     def run_steps(self, run_id: str) -> int:
         """Return how many steps are charged to a run."""
         return int(self._call("run_steps", run_id))
+
+    def run_charges(self, run_id: str) -> dict[GaussianEvent, int]:
+        """Return the steps charged to a run by event."""
+        return cast("dict[GaussianEvent, int]", self._call("run_charges", run_id))
+
+    def run_costs(self, run_id: str) -> StepCosts | None:
+        """Return what each step of a run costs, as it was opened."""
+        return cast("StepCosts | None", self._call("run_costs", run_id))
 
     def history(self, dataset: str) -> list[Entry]:
         """Return every entry of a data set, oldest first."""

@@ -27,11 +27,8 @@ _INTERVAL = 1e-4
 # Above this privacy loss the grid is widened, so that a hopeless setting (a tiny noise multiplier)
 # costs seconds and not gigabytes. Pessimistic rounding keeps the result an upper bound.
 _FINE_GRID_LOSS = 100.0
-_SMALLEST_SIGMA = 2.0**-4
-_LARGEST_SIGMA = 2.0**17
-_SIGMA_TOLERANCE = 1e-5
-# A calibrated run must fit its budget on another machine too, whatever its last bits.
-_EPSILON_MARGIN = 1e-9
+# Two runs with 16 noise levels each; one takes up to 3 MB, its power up to 6.
+_PLDS_KEPT = 32
 
 
 @dataclass(frozen=True, order=True)
@@ -59,7 +56,7 @@ class GaussianEvent:
             raise ConfigError(
                 f"noise_multiplier is {self.noise_multiplier}: give a finite number of 0 or more"
             )
-        _check_sample_rate(self.sample_rate)
+        check_sample_rate(self.sample_rate)
 
     def to_dp_event(self, count: int = 1) -> dp_accounting.DpEvent:
         """Return ``count`` such steps in the vocabulary of ``dp_accounting``."""
@@ -88,7 +85,7 @@ def epsilon_of(
     Raises:
         ConfigError: δ not in (0, 1), a negative count, or an unknown accountant.
     """
-    _check_delta(delta)
+    check_delta(delta)
     return _epsilon(_key(events), float(delta), _check_accountant(accountant))
 
 
@@ -111,88 +108,6 @@ def delta_of(
         with _quiet_absl():
             return float(_rdp(key).get_delta(float(epsilon)))
     return float(_composed_pld(key, _interval(key)).get_delta_for_epsilon(float(epsilon)))
-
-
-def calibrate_noise_multiplier(
-    target_epsilon: float,
-    target_delta: float,
-    sample_rate: float,
-    steps: int,
-    accountant: AccountantKind = "pld",
-) -> float:
-    """Return the smallest noise multiplier whose ``steps`` steps stay within the target.
-
-    Guarantee:
-        ``epsilon_of({GaussianEvent(result, sample_rate): steps}, target_delta)`` is at most
-        ``target_epsilon``: this is checked on the value returned, which is within 1e-5 (relative)
-        of the smallest one possible, and never below 1/16.
-
-    Raises:
-        ConfigError: an argument is out of its range, or no noise multiplier below 131072 suffices.
-    """
-    from scipy.optimize import brentq
-
-    _check_target(target_epsilon, target_delta)
-    _check_sample_rate(sample_rate)
-    _check_steps(steps)
-    goal = target_epsilon * (1 - _EPSILON_MARGIN)
-
-    def excess(log_sigma: float) -> float:
-        events = {GaussianEvent(math.exp(log_sigma), sample_rate): steps}
-        epsilon = epsilon_of(events, target_delta, accountant=accountant)
-        # Nearly linear in these coordinates, so few steps; brentq needs finite values.
-        return math.log(min(max(epsilon, 1e-12), 1e12) / goal)
-
-    low, high = math.log(0.5), math.log(1.0)
-    while excess(high) > 0:
-        low, high = high, high + math.log(2)
-        if high > math.log(_LARGEST_SIGMA):
-            raise ConfigError(
-                f"epsilon {target_epsilon} at delta {target_delta} cannot be reached in {steps} "
-                f"steps at sample rate {sample_rate}: raise epsilon or delta, or take fewer steps"
-            )
-    while excess(low) <= 0:
-        low, high = low - math.log(2), low
-        if high < math.log(_SMALLEST_SIGMA) + 1e-9:
-            return math.exp(high)
-    root = float(brentq(excess, low, high, xtol=_SIGMA_TOLERANCE / 2))
-    while excess(root) > 0:
-        root += _SIGMA_TOLERANCE / 2
-    return math.exp(root)
-
-
-def max_steps(
-    event: GaussianEvent,
-    already: Mapping[GaussianEvent, int],
-    epsilon: float,
-    delta: float,
-    at_most: int,
-    *,
-    accountant: AccountantKind = "pld",
-) -> int:
-    """Return how many more steps of ``event`` fit in (ε, δ) after ``already``.
-
-    Returns:
-        The largest number in 0..``at_most`` (found by bisection; ε grows with the steps).
-
-    Raises:
-        ConfigError: an argument is out of its range.
-    """
-    _check_target(epsilon, delta)
-    _check_steps(at_most)
-
-    def fits(steps: int) -> bool:
-        events = dict(already)
-        events[event] = events.get(event, 0) + steps
-        return epsilon_of(events, delta, accountant=accountant) <= epsilon
-
-    if fits(at_most):
-        return at_most
-    low, high = 0, at_most  # `high` does not fit; `low` does, or is 0.
-    while high - low > 1:
-        middle = (low + high) // 2
-        low, high = (middle, high) if fits(middle) else (low, middle)
-    return low
 
 
 _Key = tuple[tuple[GaussianEvent, int], ...]
@@ -229,7 +144,7 @@ def _composed_pld(key: _Key, interval: float) -> Any:
     return result
 
 
-@lru_cache(maxsize=16)
+@lru_cache(maxsize=_PLDS_KEPT)
 def _power_pld(event: GaussianEvent, count: int, interval: float) -> Any:
     if event.sample_rate == 1.0:
         # Gaussian steps compose exactly into one with less noise.
@@ -238,7 +153,7 @@ def _power_pld(event: GaussianEvent, count: int, interval: float) -> Any:
     return _step_pld(event, interval).self_compose(count)
 
 
-@lru_cache(maxsize=16)
+@lru_cache(maxsize=_PLDS_KEPT)
 def _step_pld(event: GaussianEvent, interval: float) -> Any:
     from dp_accounting import NeighboringRelation
     from dp_accounting.pld import privacy_loss_distribution
@@ -295,27 +210,26 @@ def _check_accountant(accountant: AccountantKind) -> AccountantKind:
     return accountant
 
 
-def _check_delta(delta: float) -> None:
+def check_delta(delta: float) -> None:
+    """Refuse a δ that is no probability strictly between 0 and 1.
+
+    Raises:
+        ConfigError: with what to give.
+    """
     if not 0 < delta < 1:
         raise ConfigError(
             f"delta is {delta}: give a number between 0 and 1 (below 1 / number of records)"
         )
 
 
-def _check_target(epsilon: float, delta: float) -> None:
-    if not (math.isfinite(epsilon) and epsilon > 0):
-        raise ConfigError(f"epsilon is {epsilon}: give a finite number above 0")
-    _check_delta(delta)
+def check_sample_rate(sample_rate: float) -> None:
+    """Refuse a sample rate outside (0, 1].
 
-
-def _check_sample_rate(sample_rate: float) -> None:
+    Raises:
+        ConfigError: with what it is.
+    """
     if not 0 < sample_rate <= 1:
         raise ConfigError(
             f"sample_rate is {sample_rate}: it must lie in (0, 1]; it is the expected batch size "
             "over the number of records"
         )
-
-
-def _check_steps(steps: int) -> None:
-    if isinstance(steps, bool) or not isinstance(steps, int) or steps < 1:
-        raise ConfigError(f"steps is {steps!r}: give an integer of 1 or more")

@@ -21,13 +21,14 @@ import secrets
 import uuid
 from collections.abc import Mapping
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any, Literal, cast
 
 import torch
 from torch import nn
 
 from dist_dp import kernels
 from dist_dp.account import default_ledger_path, open_account
+from dist_dp.accounting import GaussianEvent
 from dist_dp.checkpoint import (
     CheckpointWriter,
     load_checkpoint,
@@ -42,6 +43,7 @@ from dist_dp.look_ahead import FeaturesOf, LookAhead
 from dist_dp.mechanisms import mechanism_class
 from dist_dp.optimizer import LossReduction, PrivateOptimizer
 from dist_dp.optimizer_settings import optimizer_settings, rates_of
+from dist_dp.plan import Mechanism as MechanismName
 from dist_dp.plan import PrivacyPlan
 from dist_dp.private_model import PrivateModel, build_private_model
 from dist_dp.release_progress import Report, progress_callback
@@ -56,9 +58,9 @@ class PrivacyEngine:
 
     Guarantee:
         What :meth:`release` writes is (ε, δ)-DP with respect to adding or removing one record
-        of ``data_loader``'s data set, at the ε that ``plan.epsilon(steps taken)`` says, and the
-        ledger was charged at least that before each step. See :class:`PrivateOptimizer` for what
-        it assumes.
+        of ``data_loader``'s data set, at the ε of the steps in :meth:`charged_events`, and
+        the ledger was charged at least that before each step. See :class:`PrivateOptimizer` for
+        what it assumes.
 
     Args:
         dataset: Name of the data set in the ledger; runs that name it share its budget.
@@ -145,6 +147,7 @@ class PrivacyEngine:
         steps: int | None = None,
         expected_batch_size: float | None = None,
         clip_schedule: ScheduleConfig | None = None,
+        noise_multiplier_schedule: ScheduleConfig | None = None,
         **options: Any,
     ) -> tuple[nn.Module, PrivateOptimizer, PoissonLoader]:
         """As :meth:`make_private`, with the noise calibrated to (ε, δ) over the planned steps."""
@@ -157,6 +160,7 @@ class PrivacyEngine:
             steps,
             expected_batch_size,
             clip_schedule,
+            noise_multiplier_schedule,
         ).calibrate(target_epsilon, target_delta)
         plan = self._with_grid(plan, module, optimizer, options)
         return self.make_private_from_plan(
@@ -176,6 +180,7 @@ class PrivacyEngine:
         steps: int | None = None,
         expected_batch_size: float | None = None,
         clip_schedule: ScheduleConfig | None = None,
+        noise_multiplier_schedule: ScheduleConfig | None = None,
         **options: Any,
     ) -> tuple[nn.Module, PrivateOptimizer, PoissonLoader]:
         """Shards the model, cuts it at its tables, and couples it to a private loader.
@@ -187,13 +192,14 @@ class PrivacyEngine:
                 several parameter groups each table and layer follows its own.
             data_loader: A torch DataLoader over a map-style data set (its ``batch_size`` becomes
                 the expected batch size over all ranks), or a data set of ``dist_dp.datasets``.
-            noise_multiplier: σ.
+            noise_multiplier: σ, the largest of any step.
             max_grad_norm: C, the clip norm over all parameters together.
             target_delta: δ at which ε is stated; by default 0.1 / number of records.
             epochs: Planned passes; or give ``steps``.
             steps: Planned steps.
             expected_batch_size: Mean Poisson batch over all ranks.
             clip_schedule: Factor of ``max_grad_norm`` by step; see :class:`PrivacyPlan`.
+            noise_multiplier_schedule: Factor of ``noise_multiplier`` by step; likewise.
             **options: ``loss_reduction`` (``mean`` over the batch or ``sum``), ``lease_steps``,
                 ``micro_batch_size`` (most examples a rank sees at a time),
                 ``table_optimizer`` (a :class:`~dist_dp.sharding.TableOptimizer`), ``look_ahead``,
@@ -216,6 +222,7 @@ class PrivacyEngine:
             steps,
             expected_batch_size,
             clip_schedule,
+            noise_multiplier_schedule,
         )
         plan = self._with_grid(plan, module, optimizer, options)
         return self.make_private_from_plan(
@@ -232,6 +239,7 @@ class PrivacyEngine:
         steps: int | None,
         expected_batch_size: float | None,
         clip_schedule: ScheduleConfig | None,
+        noise_multiplier_schedule: ScheduleConfig | None,
     ) -> PrivacyPlan:
         records = len(as_source(data_loader))
         size = expected_batch_size or getattr(data_loader, "batch_size", None)
@@ -240,7 +248,7 @@ class PrivacyEngine:
         if (epochs is None) == (steps is None):
             raise ConfigError("give either epochs or steps")
         return PrivacyPlan(
-            mechanism=self.mechanism_class.name,
+            mechanism=cast("MechanismName", self.mechanism_class.name),
             noise_multiplier=None if self.mechanism_class.name == "none" else noise_multiplier,
             max_grad_norm=max_grad_norm,
             num_records=records,
@@ -249,6 +257,7 @@ class PrivacyEngine:
             delta=delta if delta is not None else 0.1 / max(1, records),
             noise_rounds=self.noise_rounds,
             clip_schedule=clip_schedule,
+            noise_multiplier_schedule=noise_multiplier_schedule,
         )
 
     def _with_grid(
@@ -388,11 +397,24 @@ class PrivacyEngine:
 
         After a crash, steps that were run again count again; rank 0 alone knows the ledger.
         """
-        steps = self.parts.mechanism.schedule.step
-        if self.accountant is None or self.run_id is None or not self.parts.plan.is_private:
-            return steps
-        charged: int = self.accountant.run_steps(self.run_id)
-        return max(steps, charged)
+        events = self.charged_events()
+        return self.parts.mechanism.schedule.step if events is None else sum(events.values())
+
+    def charged_events(self) -> dict[GaussianEvent, int] | None:
+        """The steps of :meth:`steps_charged` by event; None with mechanism ``none``.
+
+        Guarantee:
+            Every step in the release counts at its own event, and every step that the ledger
+            charged once more (a replay) at that of its number.
+        """
+        plan, steps = self.parts.plan, self.parts.mechanism.schedule.step
+        if plan.mechanism == "none":
+            return None
+        taken = plan.events(steps)
+        if self.accountant is None or self.run_id is None or not plan.is_private:
+            return taken
+        charged: dict[GaussianEvent, int] = self.accountant.run_charges(self.run_id)
+        return {e: max(taken.get(e, 0), charged.get(e, 0)) for e in taken.keys() | charged.keys()}
 
     def release(
         self, destination: str | Path, *, progress: bool | Report = False, **details: Any

@@ -6,13 +6,14 @@ reads the same entries arrives at the same spend.
 
 from __future__ import annotations
 
-import math
-from collections.abc import Callable, Mapping
+from collections.abc import Mapping
 from dataclasses import dataclass, field, replace
 from typing import Any, Literal
 
 from dist_dp.accounting import GaussianEvent
-from dist_dp.errors import BudgetError, LedgerError
+from dist_dp.errors import BudgetError, ConfigError, LedgerError
+from dist_dp.run_charges import Rounding, RunState
+from dist_dp.step_costs import StepCosts, sum_of
 
 EntryKind = Literal[
     "dataset_registered",
@@ -24,9 +25,6 @@ EntryKind = Literal[
     "model_released",
     "run_closed",
 ]
-
-# From (steps charged, steps planned) to a larger number of steps, the same for many leases.
-Rounding = Callable[[int, int], int]
 
 
 @dataclass(frozen=True)
@@ -92,34 +90,13 @@ class Entry:
     details: dict[str, Any]
 
 
-@dataclass
-class RunState:
-    """A run: what a step costs, and how many steps are charged to it."""
+@dataclass(frozen=True)
+class OpenLease:
+    """A lease that is not settled: which steps of which run."""
 
-    dataset: str
-    event: GaussianEvent | None
-    planned_steps: int
-    charged: int = 0
-    released_step: int = 0
-    status: str = "open"
-
-    def charge_with(self, extra: int, rounding: Rounding | None) -> int:
-        """Return the charge with ``extra`` steps more, rounded up while the run goes on."""
-        charged = self.charged + extra
-        if rounding is None or charged == 0 or self.status != "open":
-            return charged
-        return max(charged, rounding(charged, self.planned_steps))
-
-
-def part_of_plan(charged: int, planned: int) -> int:
-    """Round up to 1/16, 4/16, 9/16 or 16/16 of the plan: about equal parts of ε, as ε ~ √steps."""
-    part = math.ceil(4 * math.sqrt(charged / planned))
-    return math.ceil(planned * part**2 / 16)
-
-
-def multiple_of(block: int) -> Rounding:
-    """Return a rounding up to the next multiple of ``block`` steps."""
-    return lambda charged, _planned: -(-charged // block) * block
+    run_id: str
+    first_step: int
+    steps: int
 
 
 @dataclass
@@ -137,7 +114,7 @@ class LedgerState:
     seq: int = 0
     datasets: dict[str, DatasetState] = field(default_factory=dict)
     runs: dict[str, RunState] = field(default_factory=dict)
-    leases: dict[str, tuple[str, int]] = field(default_factory=dict)  # unsettled: run, steps
+    leases: dict[str, OpenLease] = field(default_factory=dict)
 
     def budget(self, name: str) -> DatasetBudget:
         """Return the budget of a data set, or say which data sets there are."""
@@ -166,21 +143,18 @@ class LedgerState:
     def counts(
         self,
         dataset: str,
-        extra: Mapping[str, int] | None = None,
+        extra: Mapping[str, Mapping[GaussianEvent, int]] | None = None,
         rounding: Rounding | None = None,
     ) -> dict[GaussianEvent, int]:
-        """Return the steps charged to a data set by event, plus ``extra`` steps by run.
+        """Return the steps charged to a data set by event, plus ``extra`` ones by run.
 
-        With ``rounding`` the charge of every open run is rounded up.
+        With ``rounding`` the charge of every open run is rounded up, event by event.
         Runs without noise have no event and do not compose: they are reported by name instead.
         """
-        counts: dict[GaussianEvent, int] = {}
-        for run_id in self.datasets[dataset].run_ids:
-            run = self.runs[run_id]
-            if run.event is not None:
-                charge = run.charge_with((extra or {}).get(run_id, 0), rounding)
-                counts[run.event] = counts.get(run.event, 0) + charge
-        return {event: count for event, count in counts.items() if count}
+        runs = ((run_id, self.runs[run_id]) for run_id in self.datasets[dataset].run_ids)
+        return sum_of(
+            *(run.charge_with((extra or {}).get(run_id, {}), rounding) for run_id, run in runs)
+        )
 
     def apply(self, entry: Entry) -> None:
         """Add one entry; entries must come in order.
@@ -190,7 +164,7 @@ class LedgerState:
         """
         try:
             self._apply(entry)
-        except (KeyError, TypeError, ValueError, BudgetError, LedgerError) as error:
+        except (KeyError, TypeError, ValueError, BudgetError, ConfigError, LedgerError) as error:
             raise LedgerError(
                 f"the ledger contradicts itself at entry {entry.seq} ({entry.kind}): {error}; "
                 "restore the file from a back-up"
@@ -223,23 +197,19 @@ class LedgerState:
             run_id = str(entry.run_id)
             if run_id in self.runs:
                 raise LedgerError(f"run {run_id!r} opened twice")
-            event = details["event"]
-            self.runs[run_id] = RunState(
-                dataset=entry.dataset,
-                event=None if event is None else GaussianEvent(**event),
-                planned_steps=int(details["planned_steps"]),
-            )
+            self.runs[run_id] = RunState(entry.dataset, _costs(details))
             self.datasets.setdefault(entry.dataset, DatasetState()).run_ids.append(run_id)
         elif entry.kind == "steps_reserved":
-            steps = _natural(entry.steps)
-            self.run(str(entry.run_id)).charged += steps
-            self.leases[str(entry.lease_id)] = (str(entry.run_id), steps)
+            first, steps = _natural(entry.first_step), _natural(entry.steps)
+            self.run(str(entry.run_id)).charge(first, steps)
+            self.leases[str(entry.lease_id)] = OpenLease(str(entry.run_id), first, steps)
         elif entry.kind == "steps_settled":
-            run_id, leased = self.leases.pop(str(entry.lease_id))
+            lease = self.leases.pop(str(entry.lease_id))
             used = _natural(entry.steps)
-            if used > leased:
-                raise LedgerError(f"{used} steps used of {leased} leased")
-            self.run(run_id).charged -= leased - used
+            if used > lease.steps:
+                raise LedgerError(f"{used} steps used of {lease.steps} leased")
+            # Steps begin in order, so those that never began are the lease's last.
+            self.run(lease.run_id).give_back(lease.first_step + used, lease.steps - used)
         elif entry.kind == "model_released":
             run = self.run(str(entry.run_id))
             run.released_step = max(run.released_step, _natural(entry.first_step))
@@ -253,3 +223,13 @@ def _natural(value: int | None) -> int:
     if value is None or value < 0:
         raise LedgerError(f"{value!r} is not a number of steps")
     return value
+
+
+def _costs(details: Mapping[str, Any]) -> StepCosts | None:
+    """What the steps of an opened run cost, as this version writes it or as earlier ones did."""
+    if "event" in details:  # up to version 0.1: one event for all steps
+        event = details["event"]
+        if event is None:
+            return None
+        return StepCosts.constant(GaussianEvent(**event), int(details["planned_steps"]))
+    return None if details["segments"] is None else StepCosts.from_json(details["segments"])

@@ -30,7 +30,7 @@ def model_card(privacy: dict[str, Any], name: str, facts: dict[str, Any]) -> str
             "| neighbouring relation | data sets that differ by adding or removing one "
             f"{plan['unit']} |",
             f"| mechanism | {plan['mechanism']} |",
-            f"| noise multiplier σ | {plan['noise_multiplier']:.6g} |",
+            f"| noise multiplier σ | {_noise(privacy)} |",
             f"| clip norm C | {plan['max_grad_norm']:g}, over all tables and layers together |",
             f"| noise grid | {_grid(plan)} |",
             f"| sampling | {plan['sampling']}, rate "
@@ -59,6 +59,13 @@ def model_card(privacy: dict[str, Any], name: str, facts: dict[str, Any]) -> str
         "",
     ]
     return "\n".join(lines)
+
+
+def _noise(privacy: dict[str, Any]) -> str:
+    least, greatest = privacy["noise_multiplier_range"]
+    if privacy["plan"]["noise_multiplier_schedule"] is None:
+        return f"{greatest:.6g}"
+    return f"{least:.6g} to {greatest:.6g}, by a schedule of the step fixed in advance"
 
 
 def _grid(plan: dict[str, Any]) -> str:

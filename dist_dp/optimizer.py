@@ -55,11 +55,11 @@ class PrivateOptimizer(torch.optim.Optimizer):
     Guarantee:
         Per-example gradients over *all* trained parameters together are scaled to an l2 norm of
         at most the step's clip norm C and summed, so one record more or less moves the sum by at
-        most C (add-or-remove-one); noise of standard deviation ``noise_multiplier`` C is added to
-        every coordinate of the sum, dense layers here and tables by the mechanism; the result is
-        divided by the *expected* batch size, since the actual one
-        is private. Padding examples count zero. Assumes that the model treats examples one by
-        one (see :func:`dist_dp.probe.check_outputs_independent`) and a secret noise key.
+        most C (add-or-remove-one); noise of standard deviation σC, with the step's noise multiplier
+        σ, is added to every coordinate of the sum, dense layers here and tables by the mechanism;
+        the result is divided by the *expected* batch size, since the actual one is private.
+        Padding examples count zero. Assumes that the model treats examples one by one (see
+        :func:`dist_dp.probe.check_outputs_independent`) and a secret noise key.
 
         Arithmetic: without ``plan.noise_grid``, floating point is taken for real numbers. With
         it, noised sums of dense gradients, and table rows at a release, are put on fixed grids
@@ -267,7 +267,7 @@ class PrivateOptimizer(torch.optim.Optimizer):
         settings = [(float(g["lr"]), float(g["weight_decay"])) for g in self._table_groups]
         if self._recorded is None:
             noise = {
-                "noise_multiplier": self.plan.noise_multiplier or 0.0,
+                "noise_multiplier": self.plan.noise_multiplier_at(self.step_in_flight),
                 "max_grad_norm": self.plan.max_grad_norm_at(self.step_in_flight),
                 "expected_batch_size": self.plan.expected_batch_size,
             }

@@ -30,6 +30,7 @@ from dist_dp.release_progress import Report
 from dist_dp.release_tables import write_tables
 
 if TYPE_CHECKING:
+    from dist_dp.accounting import GaussianEvent
     from dist_dp.engine import PrivacyEngine
     from dist_dp.private_model import PrivateModel
 
@@ -160,14 +161,15 @@ def _dense_state(parts: PrivateModel) -> dict[str, Tensor]:
 def _privacy(engine: PrivacyEngine) -> dict[str, Any]:
     """What a release says about its privacy."""
     plan = engine.parts.plan
-    charged = engine.steps_charged()
+    charged = engine.charged_events()
     return {
         "private": plan.is_private and not engine.secret_is_given,
         "fixed_secret": engine.secret_is_given,
         "epsilon": plan.epsilon(charged) if plan.is_private else None,
         "delta": plan.delta if plan.is_private else None,
         "steps": engine.parts.mechanism.schedule.step,
-        "steps_charged": charged,
+        "steps_charged": engine.steps_charged(),
+        "noise_multiplier_range": list(plan.noise_multiplier_range()),
         "plan": plan.model_dump(),
         "statement": privacy_statement(engine, charged),
         "not_covered": list(plan.not_covered()),
@@ -205,13 +207,13 @@ def _manifest(
     }
 
 
-def privacy_statement(engine: PrivacyEngine, steps: int) -> str:
-    """The plan's statement, or what takes its place when the secret was given."""
+def privacy_statement(engine: PrivacyEngine, charged: Mapping[GaussianEvent, int] | None) -> str:
+    """The plan's statement for the steps charged, or what takes its place with a given secret."""
     if engine.secret_is_given and engine.parts.plan.is_private:
         return (
             "This model is not private: its noise came from a fixed secret, which is for tests. "
-            + engine.parts.plan.statement(steps).replace(
+            + engine.parts.plan.statement(charged).replace(
                 "This model is", "With a secret of its own it would be", 1
             )
         )
-    return engine.parts.plan.statement(steps)
+    return engine.parts.plan.statement(charged)

@@ -1,4 +1,4 @@
-"""Learning-rate schedules: functions of the step alone, never of the data.
+"""Schedules of rates and other settings: functions of the step alone, never of the data.
 
 A rate that reacts to the loss would carry private information outside the accounting.
 """
@@ -9,6 +9,8 @@ import math
 from typing import Annotated, Literal
 
 from pydantic import BaseModel, ConfigDict, Field, model_validator
+
+from dist_dp.errors import ConfigError
 
 Finite = Annotated[float, Field(allow_inf_nan=False)]
 
@@ -85,3 +87,28 @@ def learning_rate_at(schedule: ScheduleConfig, step: int) -> float:
         assert schedule.step_size is not None and schedule.gamma is not None
         return schedule.base * float(schedule.gamma ** ((after - 1) // schedule.step_size))
     return schedule.base
+
+
+def check_factors(
+    schedule: ScheduleConfig, steps: int, *, name: str, multiplies: str, at_zero: str
+) -> None:
+    """Check a schedule that multiplies another setting: its greatest factor 1, none of them 0.
+
+    Args:
+        schedule: the schedule.
+        steps: the steps of the run.
+        name: its key, for the messages.
+        multiplies: the key of what it multiplies.
+        at_zero: what a factor of 0 would make, and why that cannot be.
+
+    Raises:
+        ConfigError: it has another base, or is 0 at a step of the run.
+    """
+    if schedule.base != 1:
+        raise ConfigError(
+            f"{name} has base {schedule.base:g}: it multiplies {multiplies}, so give base 1 and "
+            f"the greatest value as {multiplies}"
+        )
+    # After the warm-up, which begins above 0, no schedule rises: the last step has the least.
+    if learning_rate_at(schedule, steps) <= 0:
+        raise ConfigError(f"{name} is 0 by step {steps}, which {at_zero}")

@@ -154,7 +154,7 @@ def privacy(summary: Summary) -> str:
         ("Unit of privacy", escape(summary.get("unit_of_privacy"))),
         ("Neighbouring relation", escape(summary.get("neighbouring_relation"))),
         ("Sampling", escape(summary.get("sampling"))),
-        ("Noise multiplier σ", show(summary.get("noise_multiplier"), 6)),
+        ("Noise multiplier σ", _noise_multiplier(summary)),
         ("Clip norm C", show(summary.get("max_grad_norm"), 6)),
         ("Sample rate q", show(rate, 4) + (f" (1 in {show(1 / rate, 3)})" if rate else "")),
         ("Expected batch", count(summary.get("expected_batch_size"))),
@@ -181,6 +181,13 @@ def privacy(summary: Summary) -> str:
         '<section id="privacy"><h2>Privacy statement</h2><div class="card split">'
         f'<div class="prose">{paragraphs}{covered}</div>{definitions(rows)}</div></section>'
     )
+
+
+def _noise_multiplier(summary: Summary) -> str:
+    least, greatest = _list(summary.get("noise_multiplier_range")) or (None, None)
+    if least == greatest:
+        return show(summary.get("noise_multiplier"), 6)
+    return f"{show(least, 6)} to {show(greatest, 6)}, by schedule"
 
 
 def _epsilon_of(summary: Summary) -> str:

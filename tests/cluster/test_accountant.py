@@ -15,6 +15,7 @@ from dist_dp.accounting import GaussianEvent, epsilon_of
 from dist_dp.cluster.accountant import AccountantClient, start_accountant
 from dist_dp.errors import BudgetError, LedgerError
 from dist_dp.ledger import Ledger
+from dist_dp.step_costs import StepCosts
 
 pytestmark = pytest.mark.ray
 
@@ -38,14 +39,14 @@ def test_errors_come_out_as_they_went_in(tmp_path: Path) -> None:
     again = start_accountant(tmp_path / "." / "ledger.db")
     assert again.pid() == client.pid() != os.getpid()
 
-    client.open_run("a", "clicks", EVENT, 10)
+    client.open_run("a", "clicks", StepCosts.constant(EVENT, 10))
     lease = client.reserve("a", 0, 10)
     assert lease.steps == 5
     with pytest.raises(BudgetError, match="'clicks' is used up") as caught:
         client.reserve("a", 5, 1)
     assert type(caught.value) is BudgetError and "Traceback" not in str(caught.value)
     with pytest.raises(LedgerError, match="already"):
-        client.open_run("a", "clicks", EVENT, 10)
+        client.open_run("a", "clicks", StepCosts.constant(EVENT, 10))
     client.settle(lease.lease_id, 3)
     client.close_run("a", "stopped")
     # What the actor says is what is in the file, on this node.
@@ -66,7 +67,7 @@ def test_worker_charges_through_a_sent_client(tmp_path: Path) -> None:
     import ray
 
     client = started(tmp_path / "ledger.db", 1.0)
-    client.open_run("a", "clicks", EVENT, 10)
+    client.open_run("a", "clicks", StepCosts.constant(EVENT, 10))
 
     def work(sent: AccountantClient) -> int:
         return sent.reserve("a", 0, 4).steps
@@ -90,7 +91,7 @@ def test_killed_accountant_forgets_nothing_and_charges_nothing_twice(tmp_path: P
 
     def lease(run_id: str) -> None:
         own = AccountantClient(path)
-        own.open_run(run_id, "clicks", EVENT, total)
+        own.open_run(run_id, "clicks", StepCosts.constant(EVENT, total))
         step = 0
         try:
             while True:

@@ -12,6 +12,7 @@ import pytest
 from dist_dp.accounting import GaussianEvent
 from dist_dp.datasets.store import ArrowStore
 from dist_dp.ledger import Ledger
+from dist_dp.step_costs import StepCosts
 from tests.cluster.small import assert_one_line_error, run
 
 COMMANDS = "train plan evaluate predict export convert generate epsilon budget bench demo"
@@ -122,7 +123,7 @@ def test_budget(tmp_path: Path) -> None:
     name = "a data set with a name that is rather long"
     ledger = Ledger(path)
     ledger.register_dataset(name, fingerprint="f", num_records=1234, epsilon=3.0, delta=1e-5)
-    ledger.open_run("run-1", name, GaussianEvent(1.0, 0.01), 10)
+    ledger.open_run("run-1", name, StepCosts.constant(GaussianEvent(1.0, 0.01), 10))
     ledger.settle(ledger.reserve("run-1", 1, 10).lease_id, 7)
     shown = run("budget", "show", "--ledger", path)
     assert shown.exit_code == 0

@@ -9,7 +9,8 @@ from typing import Any
 
 import pytest
 
-from dist_dp.accounting import GaussianEvent, calibrate_noise_multiplier, epsilon_of
+from dist_dp.accounting import GaussianEvent, epsilon_of
+from dist_dp.calibration import calibrate_noise_multiplier
 from dist_dp.cluster.config import parse_config
 from dist_dp.cluster.job import make_plan
 from dist_dp.errors import ConfigError

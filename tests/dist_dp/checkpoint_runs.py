@@ -14,16 +14,21 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from dist_dp.accounting import GaussianEvent
 from dist_dp.checkpoint import CheckpointWriter, save_checkpoint
 from dist_dp.engine import PrivacyEngine
 from dist_dp.loader import PoissonLoader
 from dist_dp.sharding import TableOptimizer
+from dist_dp.step_costs import StepCosts
 from tests.dist_dp.gradients import pieces
-from tests.dist_dp.placement import OpenHanded, model
+from tests.dist_dp.placement import RECORDS, OpenHanded, model
 from tests.dist_dp.test_engine import DATA, DELTA, LOSSES, data_loader
 
 SECRET = bytes(range(32))
 STEPS = 8
+SIGMA = 0.8
+# `data_loader` draws 10 records a step.
+COSTS = StepCosts.constant(GaussianEvent(SIGMA, 10 / RECORDS), STEPS)
 
 
 class NoBudget(OpenHanded):
@@ -38,6 +43,12 @@ class NoBudget(OpenHanded):
 
     def run_steps(self, _run_id: str) -> int:
         return STEPS
+
+    def run_charges(self, _run_id: str) -> dict[GaussianEvent, int]:
+        return {}
+
+    def run_costs(self, _run_id: str) -> StepCosts:
+        return COSTS
 
     def record_release(self, *_args: Any) -> None: ...
 
@@ -91,7 +102,7 @@ def go_on(
         data_loader=data_loader(),
         table_optimizer=TableOptimizer("sgd"),
         table_lr=0.5,
-        noise_multiplier=0.8,
+        noise_multiplier=SIGMA,
         max_grad_norm=1.0,
         steps=STEPS,
         budget=(4.0, DELTA),

@@ -84,6 +84,7 @@ def build(
     secret: bytes = SECRET,
     grid: float | None = None,
     clip_schedule: Any = None,
+    noise_multiplier_schedule: Any = None,
     **options: Any,
 ) -> PrivateModel:
     """A private model with a small plan."""
@@ -97,6 +98,7 @@ def build(
         delta=1e-4,
         noise_grid=grid,
         clip_schedule=clip_schedule,
+        noise_multiplier_schedule=noise_multiplier_schedule,
     )
     optimizer = optimizer or torch.optim.SGD(model.parameters(), lr=RATE)
     return build_private_model(

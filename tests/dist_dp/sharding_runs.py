@@ -70,6 +70,7 @@ def private_run(
     optimizer: Callable[[nn.Module], torch.optim.Optimizer] = one_group,
     micro_batch_size: int | None = None,
     clip_schedule: ScheduleConfig | None = None,
+    noise_multiplier_schedule: ScheduleConfig | None = None,
     look_ahead: bool = False,
 ) -> dict[str, Any]:
     """Final pieces and dense weights, norms by step, and the kinds of the shards."""
@@ -83,6 +84,7 @@ def private_run(
         optimizer=optimizer(whole),
         expected=unsharded.EXPECTED,
         clip_schedule=clip_schedule,
+        noise_multiplier_schedule=noise_multiplier_schedule,
     )
     fall = torch.optim.lr_scheduler.ExponentialLR(private.optimizer, 0.8)
     norms, real = [], []

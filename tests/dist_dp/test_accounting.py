@@ -14,11 +14,10 @@ from scipy.optimize import brentq
 from dist_dp.accounting import (
     AccountantKind,
     GaussianEvent,
-    calibrate_noise_multiplier,
     delta_of,
     epsilon_of,
-    max_steps,
 )
+from dist_dp.calibration import calibrate_noise_multiplier
 from dist_dp.errors import ConfigError
 
 ADD_OR_REMOVE = dp_accounting.NeighboringRelation.ADD_OR_REMOVE_ONE
@@ -287,15 +286,3 @@ def test_event_does_not_tell_integers_from_floats() -> None:
         epsilon_of({GaussianEvent(1.0): -1}, 1e-5)
     with pytest.raises(ConfigError, match="'pld' or 'rdp'"):
         epsilon_of({GaussianEvent(1.0): 1}, 1e-5, accountant="gdp")  # type: ignore[arg-type]
-
-
-def test_max_steps_is_the_largest() -> None:
-    event, other = GaussianEvent(2.0, 1e-3), {GaussianEvent(2.0, 0.01): 100}
-    found = max_steps(event, other, 0.25, 1e-5, 10_000)
-    assert 0 < found < 10_000
-    assert epsilon_of({**other, event: found}, 1e-5) <= 0.25
-    assert epsilon_of({**other, event: found + 1}, 1e-5) > 0.25
-    # From here on every answer follows from what is known.
-    assert max_steps(event, other, 0.25, 1e-5, found - 1) == found - 1
-    assert max_steps(event, {**other, event: found}, 0.25, 1e-5, 1) == 0
-    assert max_steps(event, {**other, event: found - 3}, 0.25, 1e-5, 5) == 3

@@ -1,9 +1,10 @@
 """Lazy noise has the law of eager noise: what is read, whenever it is read, and what is released.
 
-Many short runs with different keys, under a falling learning rate and strong weight decay. Each
-coordinate of a run gives one draw of six readings: row 0 at two training lookups and at the end,
-row 1 at an evaluation and at the end, row 2 (never looked up) at the end. The gradient of a step
-depends on what the step read, so a wrong reading also spoils what comes after.
+Many short runs with different keys, under a falling learning rate, a noise multiplier that
+changes with the step, and strong weight decay. Each coordinate of a run gives one draw of six
+readings: row 0 at two training lookups and at the end, row 1 at an evaluation and at the end, row 2
+(never looked up) at the end. The gradient of a step depends on what the step read, so a wrong
+reading also spoils what comes after.
 
 The readings are jointly normal with a known mean and covariance. `law_p_values` tests a sample
 against them (means, variances, correlations between rows and between times, whole margins) and
@@ -33,7 +34,8 @@ COLUMNS = 64
 RUNS = 160
 RATES = [0.9 * 0.7**t for t in range(STEPS)]
 DECAY = 0.25
-SIGMA, CLIP, EXPECTED = 1.3, 0.8, 2.0
+SIGMAS = [1.3, 1.3, 0.4, 0.4, 0.9, 2.0, 2.0, 0.7, 0.5]
+CLIP, EXPECTED = 0.8, 2.0
 START = (0.5, -1.0, 2.0)
 TRAINED = {3: 0, 8: 0}  # step to the row its batch looks up
 EVALUATED = {4: 1}  # after this many steps, row 1 is read
@@ -67,7 +69,7 @@ def one_run(make: Make, key: bytes) -> Tensor:
             value = look_up(TRAINED[step])
             read[f"row 0 before step {step}"] = value
             gradient = 1.0 + FEEDBACK * value
-        schedule.advance(RATES[step - 1], SIGMA, CLIP, EXPECTED, DECAY)
+        schedule.advance(RATES[step - 1], SIGMAS[step - 1], CLIP, EXPECTED, DECAY)
         if step in TRAINED:
             rate = schedule.gradient_learning_rate(step)
             shard.weight[TRAINED[step]] -= rate * gradient / EXPECTED
@@ -104,7 +106,7 @@ def exact_law() -> tuple[NDArray[np.float64], NDArray[np.float64]]:
             gradient[row, 0] += 1.0
         noise = np.zeros_like(forms)
         for row in range(3):
-            noise[row, 1 + row * STEPS + step - 1] = SIGMA * CLIP
+            noise[row, 1 + row * STEPS + step - 1] = SIGMAS[step - 1] * CLIP
         forms = (1 - rate * DECAY) * forms - rate / EXPECTED * (gradient + noise)
         if step in EVALUATED:
             read[f"row 1 at step {step}"] = forms[EVALUATED[step]].copy()
@@ -226,7 +228,7 @@ class CurrentRate(_Scaled):
 
     def scale(self, from_steps: Tensor, step: int) -> Tensor:
         waiting = (step - from_steps).double()
-        return RATES[step - 1] * SIGMA * CLIP / EXPECTED * waiting.sqrt()
+        return RATES[step - 1] * SIGMAS[step - 1] * CLIP / EXPECTED * waiting.sqrt()
 
 
 class SquaredVariance(_Scaled):

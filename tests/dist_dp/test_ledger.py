@@ -16,9 +16,10 @@ from pathlib import Path
 
 import pytest
 
-from dist_dp.accounting import GaussianEvent, epsilon_of, max_steps
+from dist_dp.accounting import GaussianEvent, epsilon_of
 from dist_dp.errors import BudgetError, LedgerError
 from dist_dp.ledger import Ledger, LocalAccountant
+from dist_dp.step_costs import StepCosts, max_steps
 
 DELTA = 1e-5
 EVENT = GaussianEvent(4.0, 0.02)
@@ -99,7 +100,7 @@ def test_unusable_file_is_refused(ledger: Ledger, tmp_path: Path, damage: str) -
 
 def test_ledger_that_goes_away_or_back_is_noticed(ledger: Ledger, tmp_path: Path) -> None:
     register(ledger, 1.0)
-    ledger.open_run("a", "clicks", EVENT, 100)
+    ledger.open_run("a", "clicks", StepCosts.constant(EVENT, 100))
     copy = tmp_path / "copy.db"
     ledger.close()
     shutil.copy(ledger.path, copy)
@@ -123,7 +124,7 @@ def test_ledger_that_goes_away_or_back_is_noticed(ledger: Ledger, tmp_path: Path
 
 def test_contradiction_in_the_file_is_refused(ledger: Ledger) -> None:
     register(ledger, 1.0)
-    ledger.open_run("a", "clicks", EVENT, 100)
+    ledger.open_run("a", "clicks", StepCosts.constant(EVENT, 100))
     lease = ledger.reserve("a", 0, 10)
     ledger.close()
     with sqlite3.connect(ledger.path) as raw:
@@ -138,7 +139,7 @@ def test_contradiction_in_the_file_is_refused(ledger: Ledger) -> None:
 
 def test_a_failed_write_charges_nothing(ledger: Ledger) -> None:
     register(ledger, 1.0)
-    ledger.open_run("a", "clicks", EVENT, 100)
+    ledger.open_run("a", "clicks", StepCosts.constant(EVENT, 100))
     with ledger._store._engine.connect() as connection:
         pages = connection.exec_driver_sql("PRAGMA page_count").scalar()
         connection.exec_driver_sql(f"PRAGMA max_page_count = {pages}")
@@ -204,7 +205,7 @@ def test_impossible_budgets(ledger: Ledger, epsilon: float, delta: float) -> Non
 
 def test_budget_changes_stay_in_the_history(ledger: Ledger) -> None:
     register(ledger, epsilon_for(20))
-    ledger.open_run("a", "clicks", EVENT, 20)
+    ledger.open_run("a", "clicks", StepCosts.constant(EVENT, 20))
     ledger.reserve("a", 0, 20)
     with pytest.raises(BudgetError):
         ledger.reserve("a", 20, 1)
@@ -225,15 +226,15 @@ def test_budget_changes_stay_in_the_history(ledger: Ledger) -> None:
 
 def test_runs_must_be_new_and_known(ledger: Ledger) -> None:
     with pytest.raises(LedgerError, match="not registered"):
-        ledger.open_run("a", "clicks", EVENT, 10)
+        ledger.open_run("a", "clicks", StepCosts.constant(EVENT, 10))
     register(ledger, 1.0)
-    ledger.open_run("a", "clicks", EVENT, 10, {"mechanism": "lazydp"})
+    ledger.open_run("a", "clicks", StepCosts.constant(EVENT, 10), {"mechanism": "lazydp"})
     with pytest.raises(LedgerError, match="already"):
-        ledger.open_run("a", "clicks", EVENT, 10)
+        ledger.open_run("a", "clicks", StepCosts.constant(EVENT, 10))
     with pytest.raises(LedgerError, match="not in the ledger"):
         ledger.reserve("b", 0, 1)
     with pytest.raises(LedgerError, match="JSON"):
-        ledger.open_run("c", "clicks", EVENT, 10, {"x": math.nan})
+        ledger.open_run("c", "clicks", StepCosts.constant(EVENT, 10), {"x": math.nan})
     for first, steps in ((-1, 1), (0, 0), (0, -5)):
         with pytest.raises(LedgerError, match="cannot reserve"):
             ledger.reserve("a", first, steps)
@@ -251,7 +252,7 @@ def test_runs_must_be_new_and_known(ledger: Ledger) -> None:
 
 def test_charge_is_that_of_the_steps_leased_and_used(ledger: Ledger) -> None:
     register(ledger, 1.0)
-    ledger.open_run("a", "clicks", EVENT, 100)
+    ledger.open_run("a", "clicks", StepCosts.constant(EVENT, 100))
     first, second, lost = (ledger.reserve("a", start, 30) for start in (0, 30, 60))
     assert (first.first_step, second.first_step, first.steps) == (0, 30, 30)
     assert ledger.spent("clicks").steps_by_event == {EVENT: 90}
@@ -277,7 +278,7 @@ def test_charge_is_that_of_the_steps_leased_and_used(ledger: Ledger) -> None:
 def test_grants_what_fits_and_then_refuses(ledger: Ledger) -> None:
     budget = (epsilon_for(57) + epsilon_for(58)) / 2
     register(ledger, budget)
-    ledger.open_run("a", "clicks", EVENT, 100)
+    ledger.open_run("a", "clicks", StepCosts.constant(EVENT, 100))
     granted, start = [], 0
     while True:
         try:
@@ -299,7 +300,7 @@ def test_grants_what_fits_and_then_refuses(ledger: Ledger) -> None:
 
 def test_calibrated_run_gets_all_its_steps_and_its_epsilon(ledger: Ledger) -> None:
     register(ledger, epsilon_for(100))
-    ledger.open_run("a", "clicks", EVENT, 100)
+    ledger.open_run("a", "clicks", StepCosts.constant(EVENT, 100))
     leases = [ledger.reserve("a", start, 10) for start in range(0, 100, 10)]
     assert [lease.steps for lease in leases] == [10] * 10
     assert leases[-1].epsilon_after == leases[-1].run_epsilon == epsilon_for(100)
@@ -314,9 +315,9 @@ def test_runs_share_one_budget_and_compose_exactly(ledger: Ledger) -> None:
     budget = epsilon_of(both, DELTA)
     register(ledger, budget)
     register(ledger, 1.0, "views")
-    ledger.open_run("a", "clicks", EVENT, 200)
-    ledger.open_run("b", "clicks", OTHER, 1000)
-    ledger.open_run("c", "views", OTHER, 10)
+    ledger.open_run("a", "clicks", StepCosts.constant(EVENT, 200))
+    ledger.open_run("b", "clicks", StepCosts.constant(OTHER, 1000))
+    ledger.open_run("c", "views", StepCosts.constant(OTHER, 10))
     ledger.reserve("c", 0, 10)
     ledger.reserve("a", 0, 200)
     ledger.close_run("a", "finished")
@@ -326,17 +327,17 @@ def test_runs_share_one_budget_and_compose_exactly(ledger: Ledger) -> None:
     assert spent.steps_by_event == both and spent.epsilon == budget
     assert spent.runs == ("a", "b") and spent.delta == DELTA
     assert ledger.run_epsilon("a") == epsilon_for(200) < spent.epsilon
-    assert max_steps(OTHER, both, budget, DELTA, 5) == 0
+    assert max_steps(StepCosts.constant(OTHER, 1000), 41, 5, both, budget, DELTA) == 0
     assert ledger.spent("views").steps_by_event == {OTHER: 10}
 
 
 def test_runs_without_noise_are_seen(ledger: Ledger) -> None:
     with pytest.raises(BudgetError, match="non_private"):
-        ledger.open_run("early", "clicks", None, 10)
-    ledger.open_run("early", "clicks", None, 10, {"non_private": True})
+        ledger.open_run("early", "clicks", None)
+    ledger.open_run("early", "clicks", None, {"non_private": True})
     register(ledger, 1.0)
-    ledger.open_run("plain", "clicks", None, 10, {"non_private": True})
-    ledger.open_run("a", "clicks", EVENT, 10)
+    ledger.open_run("plain", "clicks", None, {"non_private": True})
+    ledger.open_run("a", "clicks", StepCosts.constant(EVENT, 10))
     lease = ledger.reserve("plain", 0, 10)
     assert lease.steps == 10 and math.isinf(lease.epsilon_after)
     ledger.reserve("a", 0, 10)
@@ -350,7 +351,7 @@ def test_runs_without_noise_are_seen(ledger: Ledger) -> None:
 
 def test_noise_of_zero_passes_every_budget(ledger: Ledger) -> None:
     register(ledger, 100.0)
-    ledger.open_run("a", "clicks", GaussianEvent(0.0, 0.1), 10)
+    ledger.open_run("a", "clicks", StepCosts.constant(GaussianEvent(0.0, 0.1), 10))
     with pytest.raises(BudgetError, match="used up"):
         ledger.reserve("a", 0, 1)
 
@@ -358,7 +359,7 @@ def test_noise_of_zero_passes_every_budget(ledger: Ledger) -> None:
 def test_a_repeated_request_changes_nothing(ledger: Ledger) -> None:
     register(ledger, 1.0)
     for _ in range(2):
-        ledger.open_run("a", "clicks", EVENT, 100, request_id="open")
+        ledger.open_run("a", "clicks", StepCosts.constant(EVENT, 100), request_id="open")
     leases = [ledger.reserve("a", 0, 30, request_id="r1") for _ in range(2)]
     assert leases[0] == leases[1]
     assert Ledger(ledger.path).reserve("a", 0, 30, request_id="r1") == leases[0]
@@ -379,7 +380,7 @@ def test_a_repeated_request_changes_nothing(ledger: Ledger) -> None:
 def test_local_accountant_is_the_ledger(ledger: Ledger) -> None:
     accountant = LocalAccountant(ledger)
     accountant.register_dataset("clicks", fingerprint="f", num_records=10, epsilon=1.0, delta=DELTA)
-    accountant.open_run("a", "clicks", EVENT, 10, {"k": 1})
+    accountant.open_run("a", "clicks", StepCosts.constant(EVENT, 10), {"k": 1})
     lease = accountant.reserve("a", 0, 10)
     accountant.settle(lease.lease_id, 9)
     accountant.close_run("a", "finished")
@@ -411,7 +412,7 @@ def test_processes_and_threads_cannot_overspend_together(ledger: Ledger) -> None
     budget = (epsilon_for(100) + epsilon_for(101)) / 2
     register(ledger, budget)
     for run_id in ("a", "b", "c"):
-        ledger.open_run(run_id, "clicks", EVENT, 100)
+        ledger.open_run(run_id, "clicks", StepCosts.constant(EVENT, 100))
     context = multiprocessing.get_context("spawn")
     child = context.Process(target=_process, args=(ledger.path, "a"))
     child.start()
@@ -444,7 +445,7 @@ def _acknowledge(path: Path, pipe: object) -> None:
 
 def test_kill_loses_nothing_acknowledged(ledger: Ledger) -> None:
     register(ledger, 5.0)
-    ledger.open_run("a", "clicks", EVENT, 10_000)
+    ledger.open_run("a", "clicks", StepCosts.constant(EVENT, 10_000))
     epsilon_for(625)
     context = multiprocessing.get_context("spawn")
     receiver, sender = context.Pipe(duplex=False)
@@ -468,7 +469,7 @@ def test_twenty_leases_of_a_long_run_are_quick(ledger: Ledger) -> None:
     """Of a calibrated run: each lease alone would cost a composition of 0.1 s or more."""
     event = GaussianEvent(1.0, 0.01)
     register(ledger, epsilon_of({event: 5000}, DELTA))
-    ledger.open_run("a", "clicks", event, 5000)
+    ledger.open_run("a", "clicks", StepCosts.constant(event, 5000))
     start = time.process_time()
     for step in range(0, 5000, 250):
         assert ledger.reserve("a", step, 250).steps == 250
@@ -500,7 +501,7 @@ def test_a_configuration_may_go_on_naming_the_first_budget(tmp_path: Path) -> No
 def test_releases_are_remembered(tmp_path: Path) -> None:
     ledger = Ledger(tmp_path / "ledger.sqlite")
     ledger.register_dataset("clicks", fingerprint="f", num_records=1000, epsilon=8.0, delta=1e-4)
-    ledger.open_run("run", "clicks", GaussianEvent(1.0, 0.01), 10)
+    ledger.open_run("run", "clicks", StepCosts.constant(GaussianEvent(1.0, 0.01), 10))
     assert ledger.released_step("run") == 0
     ledger.record_release("run", 7)
     ledger.record_release("run", 3)

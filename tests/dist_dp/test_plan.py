@@ -31,22 +31,21 @@ def plan(**changes: Any) -> PrivacyPlan:
 
 def test_epsilon_is_that_of_what_training_does() -> None:
     assert plan().sample_rate == 150 / 60_000
-    assert plan().event() == GaussianEvent(1.3, 0.0025)
+    assert plan().events() == {GaussianEvent(1.3, 0.0025): 6000}
+    assert plan().event_at(1) == plan().event_at(6000) == GaussianEvent(1.3, 0.0025)
     assert plan().epsilon() == pytest.approx(0.64011, abs=5e-6)
     assert plan(accountant="rdp").epsilon() == pytest.approx(0.7242234, abs=5e-8)
-    assert plan().epsilon(0) == 0.0
-    assert 0 < plan().epsilon(100) < plan().epsilon()
+    assert plan().epsilon({}) == plan().epsilon(plan().events(0)) == 0.0
+    assert 0 < plan().epsilon(plan().events(100)) < plan().epsilon()
     half = plan(expected_batch_size=150.5)
-    assert half.event() == GaussianEvent(1.3, 150.5 / 60_000)
+    assert half.event_at(1) == GaussianEvent(1.3, 150.5 / 60_000)
 
 
 def test_calibrate_reaches_the_target_and_not_more() -> None:
     found = plan(noise_multiplier=None, delta=None).calibrate(1.0, 1e-6)
     assert found.delta == 1e-6 and found.target_epsilon == 1.0
     assert 0.999 < found.epsilon() <= 1.0
-    event = found.event()
-    assert event is not None
-    assert epsilon_of({event: found.steps}, 1e-6) == found.epsilon()
+    assert epsilon_of({found.event_at(1): found.steps}, 1e-6) == found.epsilon()
     assert found.steps == 6000 and found.max_grad_norm == 1.0
 
 
@@ -119,14 +118,16 @@ def test_calibrate_refuses(epsilon: float, delta: float) -> None:
 
 def test_what_is_missing_is_asked_for() -> None:
     with pytest.raises(ConfigError, match="noise_multiplier is not set"):
-        plan(noise_multiplier=None).event()
+        plan(noise_multiplier=None).events()
     with pytest.raises(ConfigError, match="delta is not set"):
         plan(delta=None).epsilon()
 
 
 def test_without_mechanism_or_noise_nothing_is_promised() -> None:
     none = plan(mechanism="none", noise_multiplier=None, delta=None)
-    assert none.event() is None and math.isinf(none.epsilon())
+    assert math.isinf(none.epsilon()) and none.noise_multiplier_at(1) == 0.0
+    with pytest.raises(ConfigError, match=r"'none' adds no noise.*no privacy cost"):
+        none.events()
     assert "not private" in none.statement() and not none.is_private
     with pytest.raises(ConfigError, match="cannot be calibrated"):
         none.calibrate(1.0, 1e-6)
@@ -152,5 +153,5 @@ def test_statement_says_what_holds_and_what_does_not() -> None:
         "number of records is treated as public",
     ):
         assert words in text, words
-    assert "ε = 0.0" in plan().statement(10) or "ε = 0" in plan().statement(10)
-    assert "10 steps" in plan().statement(10)
+    ten = plan().statement(plan().events(10))
+    assert "ε = 0" in ten and "from 10 steps" in ten

@@ -148,6 +148,7 @@ def reference(
     rates: Mapping[str, tuple[float, float]] | None = None,
     gamma: float = 0.8,
     clip: Callable[[int], float] = lambda _: CLIP,
+    noise: Callable[[int], float] = lambda _: 1.0,
 ) -> Run:
     """The run.
 
@@ -158,6 +159,7 @@ def reference(
         rates: (learning rate, weight decay) by table or dense parameter where not (LR, DECAY).
         gamma: Factor of the learning rates after each step.
         clip: Clip norm by step.
+        noise: Factor of ``sigma`` by step.
     """
     data = records()
     state = {n: p.detach().clone() for n, p in model().named_parameters()}
@@ -182,13 +184,15 @@ def reference(
         sums, norms = clipped(exact, state, [] if zero else sample, clip(step))
         run.norms.append(norms)
         noised = _with_noise(
-            {n: v for n, v in sums.items() if n not in tables}, step, sigma * clip(step)
+            {n: v for n, v in sums.items() if n not in tables},
+            step,
+            sigma * noise(step) * clip(step),
         )
         for n, value in state.items():
             lr, decay = rates.get(names.get(n, n), (LR, DECAY))
             lr *= gamma ** (step - 1)
             if n in tables:
-                tables[n].schedule.advance(lr, sigma, clip(step), EXPECTED, decay)
+                tables[n].schedule.advance(lr, sigma * noise(step), clip(step), EXPECTED, decay)
                 value -= (lr / (1.0 - lr * decay) * sums[n] / EXPECTED).float()
             else:
                 value -= lr * (noised[n] / EXPECTED + decay * value)

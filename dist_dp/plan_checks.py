@@ -1,0 +1,100 @@
+"""What a privacy plan's settings may be together."""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING
+
+from dist_dp.errors import ConfigError
+from dist_dp.noise_grid import spacing_text
+from dist_dp.schedules import ScheduleConfig, check_factors
+
+if TYPE_CHECKING:
+    from dist_dp.plan import PrivacyPlan
+
+
+def check_agreement(plan: PrivacyPlan) -> None:
+    """Check settings against each other, once each is valid by itself.
+
+    Raises:
+        ConfigError: two contradict each other; the message names both and the remedy.
+    """
+    if plan.expected_batch_size > plan.num_records:
+        raise ConfigError(
+            f"expected_batch_size {plan.expected_batch_size:g} is larger than num_records "
+            f"{plan.num_records}: lower expected_batch_size"
+        )
+    if plan.noise_grid is not None and not plan.is_private:
+        raise ConfigError(
+            f"noise_grid {spacing_text(plan.noise_grid)} is set, but no noise is added: leave "
+            "out noise_grid, or choose mechanism 'lazydp' or 'dpsgd' with a noise multiplier"
+        )
+    if plan.mechanism == "none":
+        for key in ("noise_multiplier", "target_epsilon"):
+            if getattr(plan, key):
+                raise ConfigError(
+                    f"{key} {getattr(plan, key)} is set, but mechanism 'none' gives no "
+                    f"privacy: leave out {key}, or choose mechanism 'lazydp' or 'dpsgd'"
+                )
+    elif plan.delta is not None:
+        check_delta_of(plan, plan.delta)
+    if plan.clip_schedule is not None:
+        _check_clip_schedule(plan, plan.clip_schedule)
+    if plan.noise_multiplier_schedule is not None:
+        _check_noise_multiplier_schedule(plan, plan.noise_multiplier_schedule)
+
+
+def _check_clip_schedule(plan: PrivacyPlan, schedule: ScheduleConfig) -> None:
+    check_factors(
+        schedule,
+        plan.steps,
+        name="clip_schedule",
+        multiplies="max_grad_norm",
+        at_zero="makes the clip norm 0, where a gradient could not be bounded but by nothing: "
+        "give the cosine a final_fraction",
+    )
+    if plan.noise_grid is not None:
+        raise ConfigError(
+            "clip_schedule does not go with noise_grid, whose spacing was chosen for one noise "
+            "on the sum: leave out one of them"
+        )
+
+
+def _check_noise_multiplier_schedule(plan: PrivacyPlan, schedule: ScheduleConfig) -> None:
+    if plan.mechanism == "none":
+        raise ConfigError(
+            "noise_multiplier_schedule is set, but mechanism 'none' adds no noise: leave it "
+            "out, or choose mechanism 'lazydp' or 'dpsgd'"
+        )
+    check_factors(
+        schedule,
+        plan.steps,
+        name="noise_multiplier_schedule",
+        multiplies="noise_multiplier",
+        at_zero="makes a step without noise, hence a run without a guarantee: give the cosine "
+        "a final_fraction",
+    )
+    if plan.noise_multiplier is not None and plan.noise_multiplier_range()[0] == 0:
+        raise ConfigError(
+            f"noise_multiplier_schedule times noise_multiplier {plan.noise_multiplier:g} is 0 "
+            "at a step, which would have no noise: raise noise_multiplier, or leave out the "
+            "schedule"
+        )
+    if plan.noise_grid is not None:
+        raise ConfigError(
+            "noise_multiplier_schedule does not go with noise_grid, whose spacing was chosen "
+            "for one noise on the sum: leave out one of them"
+        )
+
+
+def check_delta_of(plan: PrivacyPlan, delta: float) -> None:
+    """Refuse a δ at which publishing one whole record would pass.
+
+    Raises:
+        ConfigError: with the δ that would do.
+    """
+    if delta * plan.num_records >= 1 and not plan.allow_large_delta:
+        raise ConfigError(
+            f"delta {delta:g} is not below 1/num_records = {1 / plan.num_records:.3g}: a "
+            "mechanism that publishes one whole record would pass; lower delta, or set "
+            "allow_large_delta (--force-delta) if you mean it"
+        )

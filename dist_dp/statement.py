@@ -1,0 +1,92 @@
+"""The guarantee of a plan in plain English: what it covers, and what it does not."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Mapping
+from decimal import ROUND_CEILING, Decimal
+from typing import TYPE_CHECKING
+
+from dist_dp.accounting import GaussianEvent
+from dist_dp.noise_grid import spacing_text
+
+if TYPE_CHECKING:
+    from dist_dp.plan import PrivacyPlan
+
+NOT_COVERED: tuple[str, ...] = (
+    "anyone who watches the memory of the training machines, or which table rows are touched "
+    "when: in memory, rows between two reads lack the noise that still waits for them",
+    "everything in the run folder beside release/: training metrics, reports and checkpoints "
+    "are computed from the records without noise (metrics on held-out records likewise)",
+    "the choice of hyper-parameters by looking at several runs on the same records, beyond what "
+    "the ledger charges for those runs",
+    "a person who stands behind several records: the unit is one record",
+    "the number of records, treated as public",
+)
+"""What no plan's guarantee covers; `not_covered` adds what depends on the plan."""
+
+
+def not_covered(plan: PrivacyPlan) -> tuple[str, ...]:
+    """What a plan's guarantee says nothing about, one phrase each, for cards and reports."""
+    bits = "attacks on the low-order bits of floating-point noise"
+    if plan.noise_grid is not None:
+        bits = (
+            "the float32 rounding of gradients before the noise (what is noised lies on fixed "
+            f"grids, table weights on that of {spacing_text(plan.noise_grid)}), and attacks on "
+            "timing"
+        )
+    return (*NOT_COVERED, bits)
+
+
+def statement_of(plan: PrivacyPlan, charged: Mapping[GaussianEvent, int] | None = None) -> str:
+    """Write the guarantee for cards and reports.
+
+    Args:
+        plan: the plan.
+        charged: the steps charged, by event; all planned ones by default.
+
+    Raises:
+        ConfigError: δ or the noise multiplier is not set.
+    """
+    epsilon = plan.epsilon(charged)
+    if math.isinf(epsilon):
+        reason = "mechanism 'none'" if plan.mechanism == "none" else "no noise was added"
+        return (
+            f"This model is not private: it was trained on {plan.num_records:,} records with "
+            f"no privacy guarantee ({reason}). It may reveal any of them."
+        )
+    steps = sum((plan.events() if charged is None else charged).values())
+    falling = "" if plan.clip_schedule is None else " at most, by a schedule fixed in advance,"
+    return (
+        f"This model is (ε, δ)-differentially private with ε = {_round_up(epsilon)} and "
+        f"δ = {plan.delta:g}. The unit of privacy is one {plan.unit} of the training data, "
+        "and the guarantee compares data sets that differ by adding or removing one such "
+        f"{plan.unit}. It comes from {steps:,} steps, each on a Poisson sample that draws "
+        f"every record independently with probability {plan.sample_rate:.4g} "
+        f"({plan.expected_batch_size:g} of {plan.num_records:,} records expected), with "
+        f"gradients clipped to norm {plan.max_grad_norm:g}{falling} and a noise multiplier of "
+        f"{_noise(plan)}, accounted by {plan.accountant.upper()}. "
+        "It covers the released model and anything computed from it, as long as the run's "
+        f"noise key stays secret and ChaCha{plan.noise_rounds} is a pseudorandom function. It "
+        "does not cover someone who watches the memory of the training machines or which table "
+        f"rows are touched; {not_covered(plan)[-1]}; training metrics "
+        "computed without noise; the choice of hyper-parameters by comparing several runs on "
+        "the same data; or a person who stands behind several records beyond what a guarantee "
+        "for each record implies. The number of records is treated as public."
+    )
+
+
+def _noise(plan: PrivacyPlan) -> str:
+    least, greatest = plan.noise_multiplier_range()
+    if plan.noise_multiplier_schedule is None:
+        return f"{greatest:.5g}"
+    return f"{least:.5g} to {greatest:.5g}, by a schedule fixed in advance"
+
+
+def _round_up(value: float, digits: int = 4) -> str:
+    """Write ``value`` with so many significant digits, never below it."""
+    if value == 0:
+        return "0"
+    exact = Decimal(value)
+    quantum = Decimal(1).scaleb(exact.adjusted() - digits + 1)
+    return f"{exact.quantize(quantum, rounding=ROUND_CEILING).normalize():f}"

@@ -319,9 +319,11 @@ class PrivateOptimizer(torch.optim.Optimizer):
         mask = is_real.to(torch.float32)
         if not self.mechanism.private:
             return mask, mask * unscale
-        squared = self.recorder.squared_norms(batch)
+        squared = torch.zeros(batch, device=self.device)
         for cut in self.cuts:
             squared += cut.squared_norms(batch, squared.device)
+        # Last, for what the norms read is in the cache when the sums read it, the other way round.
+        squared += self.recorder.squared_norms(batch)
         norms = squared.sqrt() * unscale * mask
         if not bool(torch.isfinite(norms).all()):
             raise ModelError(

@@ -291,7 +291,7 @@ class DenseRecorder:
             sums: Of all trained dense parameters.
         """
         with self._pause():
-            for name, (layer, rule) in self.layers.items():
+            for name, (layer, rule) in reversed(self.layers.items()):
                 prefix = f"{name}." if name else ""
                 own = {
                     child: sums.by_name[prefix + child]

@@ -33,7 +33,7 @@ INSTALL := $(PIP) install -qq --no-warn-conflicts $(PIP_FLAGS)
 # Long fault-injection tests are for a machine with time; gpu tests need a GPU.
 DESELECT := not (chaos and slow)$(if $(filter cpu,$(KIND)), and not gpu)
 NATIVE_TESTS := $(addprefix tests/kernels/test_,$(addsuffix .py,\
-  implementations settle normal uniforms arguments operators tables))
+  implementations settle normal uniforms arguments operators tables states))
 LINTED := setup.py dist_dp kernels cluster datasets tests examples
 
 .PHONY: help setup demo test test-fast sanitize lint format wheel clean

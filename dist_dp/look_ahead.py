@@ -46,8 +46,7 @@ class LookAhead:
             ``sparse_features``, or its only KeyedJaggedTensor.
 
     Raises:
-        ConfigError: Another mechanism, tables with momentum or of half precision, or several
-            collections without ``features_of``.
+        ConfigError: Another mechanism, or several collections without ``features_of``.
     """
 
     def __init__(
@@ -62,12 +61,6 @@ class LookAhead:
             raise ConfigError(
                 f"look_ahead: mechanism '{mechanism.name}' has nothing to settle before a lookup; "
                 "use it with lazydp, or leave it out"
-            )
-        shards = [shard for cut in optimizer.cuts for shard in cut.shards]
-        if any(s.momentum is not None or s.low is not None for s in shards):
-            raise ConfigError(
-                "look_ahead: tables with momentum or of half precision are settled at the lookup "
-                "only; leave look_ahead out"
             )
         if features_of is None and len(optimizer.cuts) > 1:
             raise ConfigError(

@@ -41,21 +41,32 @@ from dist_dp.kernels.dispatch import (
 )
 from dist_dp.kernels.draws import derive_key, normal, normal_like, uniform_rows, uniforms
 from dist_dp.kernels.lookups import bag_repeats
-from dist_dp.kernels.tables import Stale, TableSet
+from dist_dp.kernels.states import (
+    StateTableSet,
+    compiled_for,
+    momentum_keys,
+    settle_state_range,
+)
+from dist_dp.kernels.tables import ShardSet, Stale, TableSet
 from dist_dp.kernels.updates import add_normal, settle_range, settle_rows
 
 __all__ = [
+    "ShardSet",
     "SlowKernelsWarning",
     "Stale",
+    "StateTableSet",
     "TableSet",
     "add_normal",
     "bag_repeats",
+    "compiled_for",
     "derive_key",
     "implementation",
+    "momentum_keys",
     "normal",
     "normal_like",
     "settle_range",
     "settle_rows",
+    "settle_state_range",
     "slow_reason",
     "uniform_rows",
     "uniforms",

@@ -20,7 +20,7 @@ import typer
 from rich.console import Console
 from rich.table import Table
 
-from dist_dp.kernels import bench_cases, bench_gpu, dispatch
+from dist_dp.kernels import bench_cases, bench_gpu, bench_states, dispatch
 from dist_dp.kernels.bench_cases import Case, Suite
 
 Speeds = dict[Case, list[float]]
@@ -149,6 +149,7 @@ def main(
         raise typer.Exit(1)
     sizes = bench_cases.QUICK if quick else bench_cases.Sizes()
     suite = bench_cases.on_cpu(sizes, isa)
+    bench_states.add(suite, sizes, isa)
     gpu = bench_gpu.add(suite, sizes)
     speeds = measure(suite, repetitions, Console(stderr=True))
     rows = [result(suite, speeds, case) for case in suite.cases]

@@ -26,9 +26,9 @@ FILE = Path(os.environ.get(VARIABLE) or Path(__file__).with_name("_native.so"))
 ISAS = ("portable", "avx2", "avx512")
 """The paths in the order of the library's numbers; a processor has all up to its best one."""
 
-_INTERFACE = 2
+_INTERFACE = 3
 
-_KINDS = {
+KINDS = {
     torch.float32: 0, torch.bfloat16: 1, torch.float16: 2, torch.float64: 3,
     torch.int32: 4, torch.int64: 5,
 }  # fmt: skip
@@ -42,7 +42,9 @@ class _Column(ctypes.Structure):
     ]
 
 
-class _Job(ctypes.Structure):
+class Job(ctypes.Structure):
+    """An update of rows; the tensors behind it must outlive it."""
+
     _fields_ = [
         ("weight", ctypes.c_void_p),
         *((name, ctypes.c_int64) for name in
@@ -53,7 +55,24 @@ class _Job(ctypes.Structure):
         ("grid", ctypes.c_double),
         ("key", ctypes.c_char_p),
         *((name, ctypes.c_int32) for name in ("weight_kind", "stochastic", "rounds")),
+        ("state", ctypes.c_void_p),
     ]  # fmt: skip
+
+
+class State(ctypes.Structure):
+    """What a shard's rows have beside a float32 weight, and what they owe."""
+
+    _fields_ = [
+        ("momentum", ctypes.c_void_p),
+        ("momentum_stride", ctypes.c_int64),
+        ("low", ctypes.c_void_p),
+        ("low_stride", ctypes.c_int64),
+        ("second_key", ctypes.c_char_p),
+        ("transition", ctypes.c_void_p),
+        ("transition_stride", ctypes.c_int64),
+        ("noise", ctypes.c_void_p),
+        ("noise_stride", ctypes.c_int64),
+    ]
 
 
 class Table(ctypes.Structure):
@@ -87,7 +106,7 @@ def library(path: Path = FILE) -> ctypes.CDLL | None:
         raise ImportError(f"the compiled kernels cannot be loaded ({error}); {remedy}") from None
     if loaded.dist_dp_interface() != _INTERFACE:
         raise ImportError(f"the compiled kernels in {path} belong to another version; {remedy}")
-    job = ctypes.POINTER(_Job)
+    job = ctypes.POINTER(Job)
     loaded.dist_dp_check.argtypes = [job, ctypes.POINTER(ctypes.c_int64)]
     loaded.dist_dp_settle.argtypes = [job, ctypes.c_int64, ctypes.c_int32, ctypes.c_int32]
     loaded.dist_dp_settle.restype = None
@@ -97,8 +116,8 @@ def library(path: Path = FILE) -> ctypes.CDLL | None:
     ]  # fmt: skip
     loaded.dist_dp_take_stale.restype = long
     loaded.dist_dp_settle_tables.argtypes = [
-        pointer, long, pointer, pointer, pointer, long, pointer, pointer, ctypes.c_double, short,
-        short, short, pointer,
+        pointer, long, pointer, pointer, pointer, long, pointer, pointer, pointer,
+        ctypes.c_double, short, short, short, pointer,
     ]  # fmt: skip
     loaded.dist_dp_bag_repeats.argtypes = [pointer, short, long, pointer, long, pointer, pointer]
     loaded.dist_dp_bag_repeats.restype = long
@@ -123,7 +142,7 @@ def available() -> bool:
 
 def isas() -> tuple[str, ...]:
     """The paths this processor can run, the best one last."""
-    return ISAS[: _loaded().dist_dp_best_isa() + 1]
+    return ISAS[: loaded().dist_dp_best_isa() + 1]
 
 
 def is_valid(update: Update) -> bool:
@@ -133,7 +152,7 @@ def is_valid(update: Update) -> bool:
     no noise over an empty interval.
     """
     return bool(
-        _loaded().dist_dp_check(ctypes.byref(_job(update)), ctypes.byref(ctypes.c_int64())) == 0
+        loaded().dist_dp_check(ctypes.byref(_job(update)), ctypes.byref(ctypes.c_int64())) == 0
     )
 
 
@@ -152,8 +171,8 @@ def settle_all(
         isa: one of `isas()`; by default the best. The result does not depend on it.
         threads: at most so many; by default torch's number. Nor on this.
     """
-    jobs = (_Job * len(updates))(*(_job(update) for update in updates))
-    _loaded().dist_dp_settle(jobs, len(updates), _threads(threads), _number(isa))
+    jobs = (Job * len(updates))(*(_job(update) for update in updates))
+    loaded().dist_dp_settle(jobs, len(updates), thread_number(threads), isa_number(isa))
 
 
 def normals(
@@ -187,14 +206,14 @@ def fill(
     threads: int | None = None,
 ) -> None:
     """Write standard normals into float32 [n, num_columns]."""
-    job = _Job(
+    job = Job(
         weight=output.data_ptr(), num_rows=output.shape[0], num_columns=output.shape[1],
         row_stride=output.stride(0), column_stride=output.stride(1),
-        rows=_column(rows), from_steps=_column(from_steps), count=output.shape[0],
+        rows=column_of(rows), from_steps=column_of(from_steps), count=output.shape[0],
         to_step=to_step, column_offset=column_offset, key=key, rounds=rounds,
     )  # fmt: skip
     if output.numel():
-        _loaded().dist_dp_settle(ctypes.byref(job), 1, _threads(threads), _number(isa))
+        loaded().dist_dp_settle(ctypes.byref(job), 1, thread_number(threads), isa_number(isa))
 
 
 def table(
@@ -205,7 +224,7 @@ def table(
         weight=weight.data_ptr(), num_rows=weight.shape[0], num_columns=weight.shape[1],
         row_stride=weight.stride(0), column_stride=weight.stride(1), history=history.data_ptr(),
         key=key, row_offset=row_offset, column_offset=column_offset,
-        weight_kind=_KINDS[weight.dtype],
+        weight_kind=KINDS[weight.dtype],
     )  # fmt: skip
 
 
@@ -235,8 +254,8 @@ def take_stale(
     from_steps = torch.empty(total, dtype=torch.int32)
     taken = torch.empty(number, dtype=torch.int64)
     where = ctypes.c_int64()
-    wrong = _loaded().dist_dp_take_stale(
-        tables, number, pointers, counts, _KINDS[ids[0].dtype], older_than, to_step,
+    wrong = loaded().dist_dp_take_stale(
+        tables, number, pointers, counts, KINDS[ids[0].dtype], older_than, to_step,
         rows.data_ptr(), from_steps.data_ptr(), taken.data_ptr(), ctypes.byref(where),
     )  # fmt: skip
     if wrong:
@@ -265,10 +284,10 @@ def settle_tables(
         ValueError: a step or a factor is out of range; nothing is settled then.
     """
     where = ctypes.c_int64()
-    fault = _loaded().dist_dp_settle_tables(
+    fault = loaded().dist_dp_settle_tables(
         tables, len(tables), rows.data_ptr(), from_steps.data_ptr(), taken.data_ptr(), to_step,
-        decay.data_ptr(), scale.data_ptr(), grid, rounds, _threads(None), _number(isa),
-        ctypes.byref(where),
+        decay.data_ptr(), scale.data_ptr(), None, grid, rounds, thread_number(None),
+        isa_number(isa), ctypes.byref(where),
     )  # fmt: skip
     if fault:
         raise ValueError(
@@ -286,8 +305,8 @@ def bag_repeats(
         ValueError: the lengths do not add up to the ids.
     """
     squares = torch.empty(lengths.numel())
-    wrong = _loaded().dist_dp_bag_repeats(
-        ids.data_ptr(), _KINDS[ids.dtype], ids.numel(), lengths.data_ptr(), lengths.numel(),
+    wrong = loaded().dist_dp_bag_repeats(
+        ids.data_ptr(), KINDS[ids.dtype], ids.numel(), lengths.data_ptr(), lengths.numel(),
         None if weights is None else weights.data_ptr(), squares.data_ptr(),
     )  # fmt: skip
     if wrong:
@@ -301,20 +320,26 @@ def blocks(
     """Raw words uint32 [16, n] of the blocks whose words 12..15 are counters [4, n]."""
     given = np.ascontiguousarray(counters.T)
     made = np.empty((counters.shape[1], 16), np.uint32)
-    _loaded().dist_dp_blocks(
-        key, given.ctypes.data, counters.shape[1], rounds, made.ctypes.data, _number(isa)
+    loaded().dist_dp_blocks(
+        key, given.ctypes.data, counters.shape[1], rounds, made.ctypes.data, isa_number(isa)
     )
     return made.T
 
 
-def _loaded() -> ctypes.CDLL:
-    loaded = library()
-    if loaded is None:
+def loaded() -> ctypes.CDLL:
+    """The compiled library.
+
+    Raises:
+        ImportError: there is none.
+    """
+    found = library()
+    if found is None:
         raise ImportError(f"there are no compiled kernels: {FILE} does not exist")
-    return loaded
+    return found
 
 
-def _number(isa: str | None) -> int:
+def isa_number(isa: str | None) -> int:
+    """A path's number in the library; by default the best one's."""
     usable = isas()
     if isa is None:
         return len(usable) - 1
@@ -323,25 +348,27 @@ def _number(isa: str | None) -> int:
     return usable.index(isa)
 
 
-def _threads(threads: int | None) -> int:
+def thread_number(threads: int | None) -> int:
+    """By default torch's number."""
     return torch.get_num_threads() if threads is None else threads
 
 
-def _column(value: torch.Tensor) -> _Column:
+def column_of(value: torch.Tensor) -> _Column:
+    """Numbers of rows, where one may stand for all."""
     stride = value.stride(0) if value.numel() > 1 else 0
-    return _Column(value.data_ptr(), stride, _KINDS[value.dtype])
+    return _Column(value.data_ptr(), stride, KINDS[value.dtype])
 
 
-def _job(update: Update) -> _Job:
+def _job(update: Update) -> Job:
     weight = update.weight
-    return _Job(
+    return Job(
         weight=weight.data_ptr(), num_rows=weight.shape[0], num_columns=weight.shape[1],
         row_stride=weight.stride(0), column_stride=weight.stride(1),
-        rows=_Column() if update.rows is None else _column(update.rows),
-        from_steps=_column(update.from_steps), decay=_column(update.decay),
-        scale=_column(update.scale), first_row=update.first_row, count=update.count,
+        rows=_Column() if update.rows is None else column_of(update.rows),
+        from_steps=column_of(update.from_steps), decay=column_of(update.decay),
+        scale=column_of(update.scale), first_row=update.first_row, count=update.count,
         to_step=update.to_step, row_offset=update.row_offset,
         column_offset=update.column_offset, grid=update.grid, key=update.key,
-        weight_kind=_KINDS[weight.dtype], stochastic=int(update.stochastic),
+        weight_kind=KINDS[weight.dtype], stochastic=int(update.stochastic),
         rounds=update.rounds,
     )  # fmt: skip

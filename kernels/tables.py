@@ -31,8 +31,8 @@ class Stale(NamedTuple):
     counts: torch.Tensor
 
 
-class TableSet:
-    """Shards described once, to be settled many times.
+class ShardSet:
+    """Shards described once, whose stale rows are found many times.
 
     Args:
         weights: float32, bfloat16 or float16 [R, D] for each shard, on one device; they must keep
@@ -70,7 +70,7 @@ class TableSet:
                 raise TypeError("histories: contiguous int32 expected")
             if history.shape != weight.shape[:1] or history.device != weight.device:
                 raise ValueError("histories: one step for each row of the weight, on its device")
-        self._addresses = [w.data_ptr() for w in self._weights]
+        self._addresses = [t.data_ptr() for t in self._tensors()]
         self._tables = (native.Table * len(self._weights))(
             *(
                 native.table(*described)
@@ -87,7 +87,7 @@ class TableSet:
 
     def __repr__(self) -> str:
         """Without the keys."""
-        return f"TableSet({len(self._weights)} shards)"
+        return f"{type(self).__name__}({len(self._weights)} shards)"
 
     @outside_graphs
     @torch.no_grad()
@@ -115,7 +115,7 @@ class TableSet:
             return Stale(
                 *(torch.empty(0, dtype=d) for d in (torch.int64, torch.int32, torch.int64))
             )
-        if self._compiled():
+        if self.compiled:
             kinds = {i.dtype for i in ids}
             if kinds not in ({torch.int64}, {torch.int32}):
                 ids = [checks.integers(i, "ids").to(torch.int64) for i in ids]
@@ -134,6 +134,27 @@ class TableSet:
             history[stale] = end
         counts = torch.tensor([r.numel() for r in rows])
         return Stale(torch.cat(rows), torch.cat(from_steps), counts)
+
+    @property
+    def compiled(self) -> bool:
+        """Whether the compiled kernels serve this set.
+
+        Raises:
+            ValueError: a weight has moved in memory since the set was made.
+        """
+        if not self._weights:
+            return False
+        if [t.data_ptr() for t in self._tensors()] != self._addresses:
+            raise ValueError("a weight of the set has moved in memory; make a new set")
+        return self._weights[0].device.type == "cpu" and dispatch.chosen_isa() is not None
+
+    def _tensors(self) -> list[torch.Tensor]:
+        """What must keep its memory, since the kernels are handed addresses."""
+        return self._weights
+
+
+class TableSet(ShardSet):
+    """Shards described once, to be settled many times; see :class:`ShardSet` for the arguments."""
 
     @outside_graphs
     @torch.no_grad()
@@ -165,7 +186,7 @@ class TableSet:
         end = checks.integer(to_step, "to_step", 0, checks.MAX_STEP)
         if decay.shape != stale.rows.shape or scale.shape != stale.rows.shape:
             raise ValueError(f"decay, scale: shape {tuple(stale.rows.shape)} expected")
-        if self._compiled():
+        if self.compiled:
             native.settle_tables(
                 self._tables, stale.rows, stale.from_steps, stale.counts, end,
                 decay.to(torch.float64).contiguous(), scale.to(torch.float64).contiguous(),
@@ -185,15 +206,3 @@ class TableSet:
                 column_offset=self._column_offsets[i], from_steps=from_steps, to_step=end,
                 decay=d, scale=s, rounds=rounds, grid=grid,
             )  # fmt: skip
-
-    def _compiled(self) -> bool:
-        """Whether the compiled kernels serve this set.
-
-        Raises:
-            ValueError: a weight has moved in memory since the set was made.
-        """
-        if not self._weights:
-            return False
-        if [w.data_ptr() for w in self._weights] != self._addresses:
-            raise ValueError("a weight of the set has moved in memory; make a new TableSet")
-        return self._weights[0].device.type == "cpu" and dispatch.chosen_isa() is not None

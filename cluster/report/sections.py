@@ -184,10 +184,10 @@ def privacy(summary: Summary) -> str:
 
 
 def _noise_multiplier(summary: Summary) -> str:
-    least, greatest = _list(summary.get("noise_multiplier_range")) or (None, None)
-    if least == greatest:
+    ends = _list(summary.get("noise_multiplier_range"))
+    if len(ends) != 2 or ends[0] == ends[1]:
         return show(summary.get("noise_multiplier"), 6)
-    return f"{show(least, 6)} to {show(greatest, 6)}, by schedule"
+    return f"{show(ends[0], 6)} to {show(ends[1], 6)}, by schedule"
 
 
 def _epsilon_of(summary: Summary) -> str:

@@ -10,14 +10,13 @@ a look-ahead queue, and a release always settles every row.
 from __future__ import annotations
 
 from collections.abc import Iterable, Sequence
-from typing import Any
 
 import torch
 from torch import Tensor
 
 from dist_dp import kernels
 from dist_dp.mechanisms.base import Mechanism, Read, Schedule
-from dist_dp.mechanisms.row_states import has_own_state, settle_range, settle_rows
+from dist_dp.mechanisms.row_states import TableSets, has_own_state, settle_range, settle_stale
 from dist_dp.table_shard import TableShard
 
 CHUNK_ROWS = 1 << 16
@@ -54,7 +53,7 @@ class LazyDP(Mechanism):
         rounds: int = 20,
     ) -> None:
         super().__init__(schedules, grid=grid, rounds=rounds)
-        self._sets: dict[tuple[Any, ...], kernels.TableSet] = {}
+        self._sets = TableSets()
 
     def prepare(self, shard: TableShard) -> None:
         """The history table: 4 bytes a row."""
@@ -72,26 +71,7 @@ class LazyDP(Mechanism):
         The history table tells which rows are stale, and repeats of a row from its first
         occurrence, so nothing is sorted. All tables of a lookup go to the kernels together.
         """
-        if any(has_own_state(shard) for shard, _ in reads):
-            own = [read for read in reads if has_own_state(read[0])]
-            self._settle_own(own)
-            reads = [read for read in reads if not has_own_state(read[0])]
         self._settle_rows(reads, None if training else self.grid)
-
-    def _settle_own(self, reads: Sequence[Read]) -> None:
-        """Rows with a momentum, or of half precision: a few passes instead of one kernel."""
-        step = self.schedule.step
-        if step == 0:
-            return
-        shards = [shard for shard, _ in reads]
-        tables = self._table_set(shards)
-        for shard in shards:
-            shard.settling = True
-        stale = tables.take_stale([rows for _, rows in reads], step)
-        parts = (column.split(stale.counts.tolist()) for column in (stale.rows, stale.from_steps))
-        for shard, rows, from_steps in zip(shards, *parts, strict=True):
-            settle_rows(shard, rows, from_steps, self.schedules[shard.group], self.rounds)
-            shard.settling = False
 
     def settle_ahead(self, reads: Sequence[Read]) -> None:
         """Settles rows of the *next* batch to the step in flight, which the schedule already has.
@@ -110,39 +90,27 @@ class LazyDP(Mechanism):
         if step == 0 or not reads:
             return
         shards = [shard for shard, _ in reads]
-        tables = self._table_set(shards)
+        tables = self._sets.of(shards)
         for shard in shards:
             shard.settling = True
         stale = tables.take_stale([rows for _, rows in reads], step, older_than=older_than)
-        decay, scale = self._owed(shards, stale)
-        tables.settle(
-            stale,
-            to_step=step,
-            decay=decay,
-            scale=scale,
-            rounds=self.rounds,
-            grid=grid,
-            # Stale rows are in no graph of this step: a lookup would have settled them.
-            note=False,
-        )
+        # Not noted: stale rows are in no graph of this step, a lookup would have settled them.
+        if isinstance(tables, kernels.StateTableSet):
+            settle_stale(tables, shards, stale, self.schedules, self.rounds, note=False)
+        else:
+            assert isinstance(tables, kernels.TableSet)
+            decay, scale = self._owed(shards, stale)
+            tables.settle(
+                stale,
+                to_step=step,
+                decay=decay,
+                scale=scale,
+                rounds=self.rounds,
+                grid=grid,
+                note=False,
+            )
         for shard in shards:
             shard.settling = False
-
-    def _table_set(self, shards: list[TableShard]) -> kernels.TableSet:
-        """The shards of a lookup, described once for the kernels."""
-        places = tuple(
-            (s.weight.data_ptr(), s.last_step.data_ptr(), s.noise_key, s.weight.shape)
-            for s in shards
-        )
-        if places not in self._sets:
-            self._sets[places] = kernels.TableSet(
-                [s.weight for s in shards],
-                [s.last_step for s in shards],
-                [s.noise_key for s in shards],
-                [s.row_offset for s in shards],
-                [s.column_offset for s in shards],
-            )
-        return self._sets[places]
 
     def _owed(self, shards: list[TableShard], stale: kernels.Stale) -> tuple[Tensor, Tensor]:
         """Decay and standard deviation of all stale rows, float64 ``[rows]`` each."""

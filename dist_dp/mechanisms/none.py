@@ -7,8 +7,9 @@ from collections.abc import Iterable, Sequence
 import torch
 from torch import Tensor
 
-from dist_dp.mechanisms.base import Mechanism, Read
-from dist_dp.mechanisms.row_states import has_own_state, settle_range, settle_reads
+from dist_dp import kernels
+from dist_dp.mechanisms.base import Mechanism, Read, Schedule
+from dist_dp.mechanisms.row_states import TableSets, has_own_state, settle_range, settle_stale
 from dist_dp.table_shard import TableShard
 
 
@@ -19,12 +20,27 @@ class NoMechanism(Mechanism):
     private = False
     table_optimizers = frozenset({"sgd", "adagrad", "rowwise_adagrad"})
 
+    def __init__(
+        self,
+        schedules: Schedule | Sequence[Schedule],
+        *,
+        grid: float | None = None,
+        rounds: int = 20,
+    ) -> None:
+        super().__init__(schedules, grid=grid, rounds=rounds)
+        self._sets = TableSets()
+
     def before_lookup(self, reads: Sequence[Read], *, training: bool = True) -> None:
         """Applies the decay that waits."""
+        own = [read for read in reads if has_own_state(read[0])]
+        if own:
+            shards = [shard for shard, _ in own]
+            tables = self._sets.of(shards)
+            assert isinstance(tables, kernels.StateTableSet)
+            stale = tables.take_stale([rows for _, rows in own], self.schedule.step)
+            settle_stale(tables, shards, stale, self.schedules, self.rounds)
         for shard, rows in reads:
-            if has_own_state(shard):
-                settle_reads([(shard, rows)], self.schedules, self.rounds)
-            elif self._decays(shard):
+            if not has_own_state(shard) and self._decays(shard):
                 self._apply(shard, torch.unique(rows).to(torch.int64))
 
     def after_update(self, shards: Iterable[TableShard]) -> None:

@@ -22,6 +22,20 @@ struct Column {
   int32_t kind;
 };
 
+// What rows have beside a float32 weight, and the moves they owe; `native_states.py` declares the
+// same fields. Columns are neighbours in memory, strides in elements from row to row.
+struct State {
+  float *momentum;           // null: none
+  int64_t momentum_stride;
+  void *low;                 // null: float32 weights; else int16 beside bfloat16 (what the weight
+  int64_t low_stride;        // lacks of its value), float32 beside float16 (the value itself)
+  const uint8_t *second_key;  // of z_2, where there is a momentum
+  const double *transition;  // a row for each row to settle: with momentum (ww, wm, mw, mm),
+  int64_t transition_stride;  // else (decay)
+  const double *noise;       // with momentum (a, b, c), else (deviation)
+  int64_t noise_stride;
+};
+
 struct Job {
   void *weight;            // or the output, where normals are asked for
   int64_t num_rows;        // of the shard
@@ -42,6 +56,7 @@ struct Job {
   int32_t weight_kind;
   int32_t stochastic;      // half precision: round by random bits
   int32_t rounds;
+  const State *state;      // null: the weight is all; else `decay` and `scale` are not used
 };
 
 // A shard that lookups read, described once; `native.py` declares the same fields.
@@ -66,7 +81,8 @@ typedef void (*BlockMaker)(const uint8_t *key, const uint32_t *inputs, int64_t c
                            uint32_t *output);
 
 struct Implementation {
-  Worker settle;
+  Worker settle;           // jobs without a state
+  Worker settle_states;    // jobs with one
   BlockMaker blocks;
 };
 

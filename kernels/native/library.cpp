@@ -18,7 +18,7 @@
 
 namespace {
 
-constexpr int32_t kInterface = 2;  // raised when Job changes
+constexpr int32_t kInterface = 3;  // raised when Job changes
 constexpr int64_t kChunk = 1 << 15;  // numbers made by a thread before it asks for more
 
 const Implementation *implementation(int32_t isa) {
@@ -122,6 +122,20 @@ bool is_factor(double x, bool round_up) {
   return x >= 0 && (round_up ? x <= largest : std::isfinite(static_cast<float>(x)));
 }
 
+// The move of a row with a state: finite in float32, standard deviations at least 0.
+bool is_move(const State &state, int64_t i, bool *noisy) {
+  const double *t = state.transition + i * state.transition_stride;
+  const double *n = state.noise + i * state.noise_stride;
+  if (state.momentum == nullptr) {
+    *noisy = n[0] > 0;
+    return is_factor(t[0], false) && is_factor(n[0], true);
+  }
+  *noisy = n[0] != 0 || n[1] != 0 || n[2] != 0;
+  bool fine = is_factor(n[0], true) && is_factor(std::fabs(n[1]), true) && is_factor(n[2], true);
+  for (int k = 0; k < 4; ++k) fine = fine && is_factor(std::fabs(t[k]), false);
+  return fine;
+}
+
 }  // namespace
 
 EXPORT int32_t dist_dp_interface() { return kInterface; }
@@ -154,6 +168,17 @@ EXPORT int32_t dist_dp_check(const Job *job, int64_t *where) {
     const int32_t fault = check_rows(*job, where);
     if (fault != kFine) return fault;
   }
+  if (job->state != nullptr) {
+    for (int64_t i = 0; i < job->count; ++i) {
+      *where = i;
+      const int64_t step = integer_at(job->from_steps, i);
+      if (step < 0 || step > job->to_step) return kStepOutside;
+      bool noisy;
+      if (!is_move(*job->state, i, &noisy)) return kFactorInvalid;
+      if (noisy && step == job->to_step) return kNoiseWithoutStep;
+    }
+    return kFine;
+  }
   const bool update = job->decay.data != nullptr;
   const bool same = job->from_steps.stride == 0 &&
                     (!update || (job->decay.stride == 0 && job->scale.stride == 0));
@@ -177,7 +202,7 @@ EXPORT int32_t dist_dp_check(const Job *job, int64_t *where) {
 
 // Does checked jobs, one set of threads for all; the caller holds the memory until it returns.
 EXPORT void dist_dp_settle(const Job *jobs, int64_t num_jobs, int32_t threads, int32_t isa) {
-  const Worker work = implementation(isa)->settle;
+  const Implementation &chosen = *implementation(isa);
   std::vector<Piece> pieces;
   for (const Job *job = jobs; job != jobs + num_jobs; ++job) {
     if (job->num_columns <= 0) continue;
@@ -190,18 +215,22 @@ EXPORT void dist_dp_settle(const Job *jobs, int64_t num_jobs, int32_t threads, i
   const auto loop = [&] {
     const PlainArithmetic plain;
     for (size_t i; (i = next.fetch_add(1)) < pieces.size();) {
-      work(*pieces[i].job, pieces[i].first, pieces[i].last);
+      const Piece &piece = pieces[i];
+      const Worker work = piece.job->state != nullptr ? chosen.settle_states : chosen.settle;
+      work(*piece.job, piece.first, piece.last);
     }
   };
   in_threads(pieces.size() < 2 ? 1 : threads, loop);
 }
 
-// Settles the rows that dist_dp_take_stale found. Returns 0, or the fault among the steps and
-// factors of table *where; nothing is written in that case.
+// Settles the rows that dist_dp_take_stale found. Where some tables have a state, `states` has an
+// entry for each of them, with what its rows owe in place of `decay` and `scale`. Returns 0, or the
+// fault among the steps and factors of table *where; nothing is written in that case.
 EXPORT int32_t dist_dp_settle_tables(const Table *tables, int64_t num_tables, const int64_t *rows,
                                      const int32_t *from_steps, const int64_t *taken,
                                      int64_t to_step, const double *decay, const double *scale,
-                                     double grid, int32_t rounds, int32_t threads, int32_t isa,
+                                     const State *states, double grid,
+                                     int32_t rounds, int32_t threads, int32_t isa,
                                      int64_t *where) {
   std::vector<Job> jobs(static_cast<size_t>(num_tables));
   int64_t first = 0;
@@ -215,8 +244,15 @@ EXPORT int32_t dist_dp_settle_tables(const Table *tables, int64_t num_tables, co
     job.row_stride = table.row_stride;
     job.column_stride = table.column_stride;
     job.from_steps = {from_steps + first, 1, kInt32};
-    job.decay = {decay + first, 1, kFloat64};
-    job.scale = {scale + first, 1, kFloat64};
+    if (states == nullptr) {
+      job.decay = {decay + first, 1, kFloat64};
+      job.scale = {scale + first, 1, kFloat64};
+    } else if (states[t].momentum != nullptr || states[t].low != nullptr) {
+      job.state = &states[t];
+    } else {
+      job.decay = {states[t].transition, states[t].transition_stride, kFloat64};
+      job.scale = {states[t].noise, states[t].noise_stride, kFloat64};
+    }
     job.count = taken[t];
     job.to_step = to_step;
     job.row_offset = table.row_offset;

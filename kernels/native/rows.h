@@ -5,6 +5,7 @@
 #include "chacha.h"
 #include "normals.h"
 #include "store.h"
+#include "states.h"
 #include "wide.h"
 
 namespace {
@@ -17,6 +18,7 @@ struct Batch {
     int64_t block;
     int first, end;  // lanes
     float decay, scale;
+    int64_t entry, local;  // place in the list, row of the shard
   } run[kLanes];
   int runs;
   const char *place[kLanes];  // where the lanes' weights are, to be fetched
@@ -47,7 +49,8 @@ class Walk {
       if (block_ == end_block_ && !next_row()) break;
       const int room = kLanes - lane;
       const int length = end_block_ - block_ < room ? static_cast<int>(end_block_ - block_) : room;
-      batch.run[batch.runs++] = {row_start_, block_, lane, lane + length, decay_, scale_};
+      batch.run[batch.runs++] = {row_start_, block_, lane, lane + length, decay_, scale_,
+                                row_,       local_};
       const uint32_t high = high_ | static_cast<uint32_t>(block_);
       if (length < 4) {
         for (int i = 0; i < length; ++i) {
@@ -79,12 +82,19 @@ class Walk {
   bool next_row() {
     while (++row_ < last_) {
       if (row_ == next_touch_) touch();
-      const int64_t local = local_row(row_);
-      row_start_ = start_of(row_, local);
-      const uint64_t global = static_cast<uint64_t>(local + job_.row_offset);
+      local_ = local_row(row_);
+      row_start_ = start_of(row_, local_);
+      const uint64_t global = static_cast<uint64_t>(local_ + job_.row_offset);
       high_ = static_cast<uint32_t>(global >> 32) << 16;
       low_ = static_cast<uint32_t>(global);
       from_ = static_cast<uint32_t>(integer_at(job_.from_steps, row_));
+      if (job_.state != nullptr) {
+        if (owes_noise(*job_.state, row_)) break;
+        fetch_later();
+        // a row that is settled already is left as it is
+        if (from_ != static_cast<uint32_t>(job_.to_step)) move_quietly(job_, row_start_, row_, local_);
+        continue;
+      }
       if (job_.decay.data == nullptr) break;
       decay_ = static_cast<float>(number_at(job_.decay, row_));
       scale_ = rounded_up(number_at(job_.scale, row_));
@@ -103,7 +113,7 @@ class Walk {
 
   char *start_of(int64_t row, int64_t local) const {
     return static_cast<char *>(job_.weight) +
-           (job_.decay.data != nullptr ? local : row) * job_.row_stride * size_;
+           (job_.decay.data != nullptr || job_.state != nullptr ? local : row) * job_.row_stride * size_;
   }
 
   // A prefetch whose address misses the translation buffer holds up what comes after it. One at a
@@ -111,7 +121,9 @@ class Walk {
   void touch() {
     const int64_t end = next_touch_ + 2 * kTouched < last_ ? next_touch_ + 2 * kTouched : last_;
     for (; touched_ < end; ++touched_) {
-      __builtin_prefetch(start_of(touched_, local_row(touched_)), 1);
+      const int64_t local = local_row(touched_);
+      __builtin_prefetch(start_of(touched_, local), 1);
+      if (job_.state != nullptr) fetch_beside(*job_.state, job_.weight_kind, local, 0);
     }
     next_touch_ += kTouched;
   }
@@ -132,7 +144,7 @@ class Walk {
   }
 
   const Job &job_;
-  int64_t row_;
+  int64_t row_, local_ = 0;
   const int64_t last_, first_block_, end_block_, size_;
   int64_t block_, touched_, next_touch_;
   char *row_start_ = nullptr;

@@ -5,5 +5,6 @@
 #include "job.h"
 #include "lanes_avx2.h"
 #include "rows.h"
+#include "state_rows.h"
 
-const Implementation kAvx2 = {settle, make_blocks};
+const Implementation kAvx2 = {settle, settle_states, make_blocks};

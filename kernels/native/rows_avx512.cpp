@@ -5,5 +5,6 @@
 #include "job.h"
 #include "lanes_avx512.h"
 #include "rows.h"
+#include "state_rows.h"
 
-const Implementation kAvx512 = {settle, make_blocks};
+const Implementation kAvx512 = {settle, settle_states, make_blocks};

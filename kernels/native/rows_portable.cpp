@@ -5,5 +5,6 @@
 #include "job.h"
 #include "lanes_portable.h"
 #include "rows.h"
+#include "state_rows.h"
 
-const Implementation kPortable = {settle, make_blocks};
+const Implementation kPortable = {settle, settle_states, make_blocks};

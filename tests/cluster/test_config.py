@@ -10,6 +10,7 @@ import yaml
 
 from dist_dp.cluster.config import RunConfig, load_config, parse_config, parse_overrides
 from dist_dp.errors import ConfigError
+from dist_dp.schedules import ScheduleConfig
 from tests.cluster.small import ROOT, SMALL, small, write_config
 
 EXAMPLES = sorted((ROOT / "examples").glob("*.yaml"))
@@ -40,6 +41,8 @@ def test_overrides_reach_every_level(tmp_path: Path) -> None:
         "privacy.epsilon=null",
         "privacy.noise_multiplier=1.5",
         "privacy.delta=1e-6",  # a text to YAML 1.1
+        "privacy.noise_multiplier_schedule.kind=cosine",
+        "privacy.noise_multiplier_schedule.total_steps=7",
     ]
     config = load_config(path, parse_overrides(pairs))
     assert config.train.steps == 7
@@ -48,6 +51,8 @@ def test_overrides_reach_every_level(tmp_path: Path) -> None:
     assert config.privacy.epsilon is None
     assert config.privacy.noise_multiplier == 1.5
     assert config.privacy.delta == 1e-6
+    falling = ScheduleConfig(kind="cosine", base=1.0, total_steps=7)
+    assert config.privacy.noise_multiplier_schedule == falling
     # What the file says beside them stays.
     assert config.data.max_num_embeddings == 300
 
@@ -92,6 +97,10 @@ def test_the_resolved_configuration_loads_again(tmp_path: Path) -> None:
         (changed("train", expected_batch_size=float("nan")), ["train.expected_batch_size"]),
         (changed("privacy", max_grad_norm=0), ["'privacy.max_grad_norm'", "greater than 0"]),
         (changed("privacy", clip_schedule={"kind": "cosine"}), ["clip_schedule", "total_steps"]),
+        (
+            changed("privacy", noise_multiplier_schedule={"kind": "step", "gamma": 0.5}),
+            ["privacy.noise_multiplier_schedule", "step_size"],
+        ),
         (
             changed("train", micro_batch_size=0),
             ["'train.micro_batch_size'", "greater"],

@@ -40,6 +40,20 @@ def test_noise_is_what_the_calibration_finds(tmp_path: Path) -> None:
     assert "ε = 3" in report["statement"]
 
 
+def test_noise_that_changes(tmp_path: Path) -> None:
+    falling = {"kind": "step", "step_size": 6, "gamma": 0.5}
+    privacy = {**KNOWN_NOISE, "noise_multiplier": 4.0, "noise_multiplier_schedule": falling}
+    report = planned(tmp_path, None, "--num-records", "100000", privacy=privacy)
+    rate = 128 / 100_000
+    events = {GaussianEvent(4.0, rate): 6, GaussianEvent(2.0, rate): 6}
+    assert report["epsilon"] == epsilon_of(events, report["delta"])
+    assert report["noise_multiplier_range"] == [2.0, 4.0]
+    assert "2 to 4, by a schedule fixed in advance" in report["statement"]
+    path = write_config(tmp_path, small(tmp_path, None, privacy=privacy))
+    shown = run("plan", "-c", path, "--num-records", "100000")
+    assert "2 to 4, by schedule" in shown.stdout
+
+
 def test_plan_of_data(tmp_path: Path, clicks: Path) -> None:
     report = planned(tmp_path, clicks, privacy=KNOWN_NOISE, train={"steps": None, "epochs": 2})
     assert 1500 < report["num_records"] < 1700  # the train split

@@ -20,6 +20,7 @@ from dist_dp.cluster.report.charts import step_charts
 from dist_dp.cluster.report.figures import tick_label
 from dist_dp.cluster.report.page import render
 from dist_dp.cluster.report.phases import median_phases
+from dist_dp.cluster.report.sections import privacy
 from dist_dp.cluster.report.series import (
     downsample,
     linear_ticks,
@@ -321,6 +322,19 @@ def test_a_fixed_seed_says_so_loudly(config: str, changes: dict[str, Any], seede
     text = _Page(render(_summary(private=False, **changes), _columns(3), config)).text
     assert "This run is NOT private. " in text
     assert ("run with a fixed seed" in text) is seeded
+
+
+@pytest.mark.parametrize(
+    ("ends", "text"),
+    [
+        ([0.25, 0.684127], "0.25 to 0.684127, by schedule"),
+        ([0.684127, 0.684127], "0.684127</dd>"),
+        (None, "0.684127</dd>"),
+        ([1.0], "0.684127</dd>"),
+    ],
+)
+def test_noise_that_changes_is_shown_as_a_range(ends: Any, text: str) -> None:
+    assert text in privacy(_summary(noise_multiplier_range=ends))
 
 
 def test_a_budget_overspent_is_said() -> None:

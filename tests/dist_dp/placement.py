@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from typing import Any
 
 import torch
@@ -80,10 +81,14 @@ def private_run(
     meta: bool = False,
     grid: float | None = None,
     look_ahead: bool = False,
+    momentum: float = 0.0,
+    prepare: Callable[[Any], None] | None = None,
 ) -> dict[str, Any]:
     """Final table pieces and dense weights, and what an evaluation in the middle saw."""
     whole, data = model(meta), records()
-    optimizer = torch.optim.SGD(whole.parameters(), lr=RATE, weight_decay=0.1)
+    if prepare is not None:
+        prepare(whole)
+    optimizer = torch.optim.SGD(whole.parameters(), lr=RATE, weight_decay=0.1, momentum=momentum)
     private = build(
         whole,
         kind=kind,
@@ -117,6 +122,11 @@ def private_run(
         "pieces": pieces(private),
         "dense": {n: p.detach().clone() for n, p in private.recorder.parameters.items()},
         "seen": seen,
+        "states": {
+            (s.table, s.row_offset, s.column_offset, name): tensor.clone()
+            for s in private.shards
+            for name, tensor in s.state_tensors().items()
+        },
         "unsettled": unsettled,
         "kinds": sorted({s.kind for s in private.shards}),
     }

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from functools import partial
 from typing import Any
 from unittest import mock
 
@@ -14,6 +15,7 @@ from dist_dp.mechanisms import LazyDP
 from tests.dist_dp.clicks import random_bags
 from tests.dist_dp.gradients import build
 from tests.dist_dp.placement import features_of, loader_of, model, private_run, records
+from tests.dist_dp.test_wide_rows import halve
 from tests.dist_dp.worlds import run_world
 
 KINDS = {
@@ -21,8 +23,15 @@ KINDS = {
     "mixed": {"a": "table_wise", "b": "column_wise", "s": "data_parallel"},
 }
 
+ROWS: dict[str, dict[str, Any]] = {
+    "float32": {},
+    "momentum": {"momentum": 0.9},
+    "float16": {"prepare": partial(halve, data_type="FP16")},
+    "bfloat16 with momentum": {"momentum": 0.9, "prepare": partial(halve, data_type="BF16")},
+}
 
-def ahead_and_plain() -> dict[str, Any]:
+
+def ahead_and_plain(rows: str) -> dict[str, Any]:
     found: dict[str, Any] = {"settled ahead": 0, "different": []}
     settle = LazyDP.settle_ahead
 
@@ -33,12 +42,12 @@ def ahead_and_plain() -> dict[str, Any]:
             found["settled ahead"] += int((shard.last_step != old).sum())
 
     for name, kind in KINDS.items():
-        plain = private_run(kind, "lazydp", zero=False)
+        plain = private_run(kind, "lazydp", zero=False, **ROWS[rows])
         with mock.patch.object(LazyDP, "settle_ahead", counting):
-            ahead = private_run(kind, "lazydp", zero=False, look_ahead=True)
+            ahead = private_run(kind, "lazydp", zero=False, look_ahead=True, **ROWS[rows])
         found["different"] += [
             (name, what)
-            for what in ("pieces", "dense")
+            for what in ("states", "dense")
             for key, value in plain[what].items()
             if not torch.equal(value, ahead[what][key])
         ]
@@ -48,8 +57,9 @@ def ahead_and_plain() -> dict[str, Any]:
 
 
 @pytest.mark.parametrize("world_size", [1, 2])
-def test_bit_for_bit(world_size: int) -> None:
-    for found in run_world(ahead_and_plain, world_size):
+@pytest.mark.parametrize("rows", ROWS)
+def test_bit_for_bit(rows: str, world_size: int) -> None:
+    for found in run_world(ahead_and_plain, world_size, rows):
         assert found["settled ahead"] > 0
         assert found["different"] == []
 

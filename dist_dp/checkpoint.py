@@ -246,6 +246,7 @@ def load_checkpoint(engine: PrivacyEngine, folder: Path) -> tuple[int, bool]:
 def _check_may_be_saved(parts: PrivateModel) -> None:
     """Refuses what could not be released from a run that goes on, either."""
     parts.state.check_nothing_failed()
+    parts.optimizer.check_between_steps()
     for shard in parts.shards:
         shard.check_whole()
     parts.check_fixed_unchanged()

@@ -214,6 +214,7 @@ class PrivateOptimizer(torch.optim.Optimizer):
             if part == 0:
                 sums.empty()
                 self._norms.clear()
+            sums.faults += (~torch.isfinite(norms)).sum()
             self.recorder.add_clipped_sums(coefficients, sums)
             self._norms.append(norms[is_real])
         per_example = coefficients / self.plan.expected_batch_size
@@ -225,7 +226,8 @@ class PrivateOptimizer(torch.optim.Optimizer):
             self._state.finish()
             return
         with self.timer.phase("communication"):
-            all_reduce_sum(sums.flat)
+            all_reduce_sum(sums.shared)
+        self._refuse_faults(sums)
         step = self.step_in_flight
         with self.timer.phase("noise"):
             signal_to_noise = self._noise_dense(sums, step)
@@ -284,6 +286,20 @@ class PrivateOptimizer(torch.optim.Optimizer):
                 "but look_ahead has drawn noise for it; call schedulers after optimizer.step()"
             )
 
+    def check_between_steps(self) -> None:
+        """Refuses to save or publish while look-ahead has drawn noise for a step that is not over.
+
+        Its gradient would come later under noise that the published rows hold already.
+
+        Raises:
+            DistDpError: A forward was made under ``look_ahead`` and no step since.
+        """
+        if self._recorded is not None:
+            raise DistDpError(
+                f"step {self.schedule.step} is not over: look_ahead has settled rows to it, and "
+                "its gradient is still to come. Save or release after optimizer.step()"
+            )
+
     @property
     def step_in_flight(self) -> int:
         """Number of the step whose gradient comes next."""
@@ -325,14 +341,18 @@ class PrivateOptimizer(torch.optim.Optimizer):
         # Last, for what the norms read is in the cache when the sums read it, the other way round.
         squared += self.recorder.squared_norms(batch)
         norms = squared.sqrt() * unscale * mask
-        if not bool(torch.isfinite(norms).all()):
-            raise ModelError(
-                f"step {self.step_in_flight}: the gradient of an example is not finite. The "
-                "training diverged (lower the learning rate) or the features hold huge values."
-            )
         limit = self.plan.max_grad_norm_at(self.step_in_flight) * ROUNDING_MARGIN
         factors = (limit / norms.clamp_min(limit)).clamp_max(1.0)
         return norms, factors * mask * unscale
+
+    def _refuse_faults(self, sums: DenseSums) -> None:
+        """Refuses gradients that are not finite: on every rank, so that none waits for another."""
+        if self.mechanism.private and bool(sums.faults > 0):
+            raise ModelError(
+                f"step {self.step_in_flight}: the gradient of an example is not finite "
+                f"({int(sums.faults)} in all). The training diverged (lower the learning rate) or "
+                "the features hold huge values."
+            )
 
     def _check_grid(self) -> None:
         """With a grid, a step's noise must be well above its spacing, and no step without."""

@@ -68,7 +68,9 @@ class PrivateModel:
 
         Raises:
             ReleaseError: The settling of a shard was cut short.
+            DistDpError: A step is in flight whose noise is drawn already.
         """
+        self.optimizer.check_between_steps()
         for finish in self.optimizer.before_step_ends:
             finish()
         for shard in self.shards:

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass, field
 
 import torch
@@ -32,7 +34,7 @@ class TableShard:
         low: What a half-precision weight lacks of its float32 value; see
             :mod:`dist_dp.wide_rows`. None for float32 tables.
         settling: True while rows are being brought up to date; if an error struck meanwhile it
-            stays so, and the rows must not leave (see :meth:`check_whole`).
+            stays so, and the rows must not leave (see :meth:`check_whole` and :func:`settled`).
     """
 
     table: str
@@ -88,8 +90,8 @@ class TableShard:
         if self.settling:
             raise ReleaseError(
                 f"settling of table '{self.table}' was cut short by an error, so some of its rows "
-                "may lack noise: nothing can be saved or released from this process. Resume from "
-                "the last checkpoint."
+                "may lack noise: nothing can be trained, saved or released from this process. "
+                "Resume from the last checkpoint."
             )
 
     def __repr__(self) -> str:
@@ -109,3 +111,23 @@ class TableShard:
         distinct: Tensor = torch.unique(rows)
         union: Tensor = torch.unique(all_gather_cat(distinct))
         return union.to(torch.int64)
+
+
+@contextmanager
+def settled(shards: Sequence[TableShard]) -> Iterator[None]:
+    """Around the settling of rows: marked first, brought up to date, both or neither.
+
+    Guarantee:
+        An error or interrupt in the block leaves every shard's ``settling`` set, for good: rows may
+        be marked as settled that lack their noise, and no later settling forgets that.
+
+    Raises:
+        ReleaseError: A settling of one of them was cut short before.
+    """
+    for shard in shards:
+        shard.check_whole()
+    for shard in shards:
+        shard.settling = True
+    yield
+    for shard in shards:
+        shard.settling = False

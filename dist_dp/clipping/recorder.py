@@ -73,7 +73,9 @@ class DenseSums:
     """One number for every trained dense parameter, in one piece of memory.
 
     Attributes:
-        flat: float ``[parameters]``, all of them back to back: one all-reduce, one norm.
+        flat: float ``[parameters]``, all of them back to back: one norm, one noise.
+        faults: float ``[1]``, how many examples have no finite gradient.
+        shared: ``flat`` and ``faults`` in one tensor: one all-reduce.
         by_name: Views of it in the parameters' shapes, by full name.
         is_empty: Nothing was added since :meth:`empty`; ``flat`` then holds no numbers.
     """
@@ -81,7 +83,8 @@ class DenseSums:
     def __init__(self, parameters: Mapping[str, nn.Parameter]) -> None:
         sizes = [p.numel() for p in parameters.values()]
         device = next(iter(parameters.values())).device if parameters else None
-        self.flat = torch.zeros(sum(sizes), device=device)
+        self.shared = torch.zeros(sum(sizes) + 1, device=device)
+        self.flat, self.faults = self.shared[:-1], self.shared[-1:]
         self.is_empty = True
         parts = self.flat.split(sizes) if sizes else ()
         self.by_name = {
@@ -91,6 +94,7 @@ class DenseSums:
     def empty(self) -> None:
         """Starts afresh: what is added next is written over what is there."""
         self.is_empty = True
+        self.faults.zero_()
 
 
 class DenseRecorder:

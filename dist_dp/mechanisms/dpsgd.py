@@ -7,7 +7,7 @@ from collections.abc import Iterable, Sequence
 from dist_dp import kernels
 from dist_dp.mechanisms.base import Mechanism, Read
 from dist_dp.mechanisms.row_states import has_own_state, settle_one_step
-from dist_dp.table_shard import TableShard
+from dist_dp.table_shard import TableShard, settled
 
 
 class DPSGD(Mechanism):
@@ -39,20 +39,19 @@ class DPSGD(Mechanism):
                 settle_one_step(shard, self.schedules[shard.group], self.rounds)
                 continue
             decay, scale = self.schedule_of(shard).one_step(step)
-            shard.settling = True
-            kernels.settle_range(
-                shard.weight,
-                key=shard.noise_key,
-                row_offset=shard.row_offset,
-                column_offset=shard.column_offset,
-                from_steps=step - 1,
-                to_step=step,
-                decay=decay,
-                scale=scale,
-                rounds=self.rounds,
-                grid=self.grid,
-            )
-            shard.settling = False
+            with settled([shard]):
+                kernels.settle_range(
+                    shard.weight,
+                    key=shard.noise_key,
+                    row_offset=shard.row_offset,
+                    column_offset=shard.column_offset,
+                    from_steps=step - 1,
+                    to_step=step,
+                    decay=decay,
+                    scale=scale,
+                    rounds=self.rounds,
+                    grid=self.grid,
+                )
 
     def settle(self, shard: TableShard, first_row: int = 0, last_row: int | None = None) -> None:
         """Nothing waits, but a table that no step has rounded yet is put on the grid."""

@@ -17,7 +17,7 @@ from torch import Tensor
 from dist_dp import kernels
 from dist_dp.mechanisms.base import Mechanism, Read, Schedule
 from dist_dp.mechanisms.row_states import TableSets, has_own_state, settle_range, settle_stale
-from dist_dp.table_shard import TableShard
+from dist_dp.table_shard import TableShard, settled
 
 CHUNK_ROWS = 1 << 16
 """Rows settled at a time by a release."""
@@ -91,13 +91,12 @@ class LazyDP(Mechanism):
             return
         shards = [shard for shard, _ in reads]
         tables = self._sets.of(shards)
-        for shard in shards:
-            shard.settling = True
-        stale = tables.take_stale([rows for _, rows in reads], step, older_than=older_than)
-        # Not noted: stale rows are in no graph of this step, a lookup would have settled them.
-        if isinstance(tables, kernels.StateTableSet):
-            settle_stale(tables, shards, stale, self.schedules, self.rounds, note=False)
-        else:
+        with settled(shards):
+            stale = tables.take_stale([rows for _, rows in reads], step, older_than=older_than)
+            # Not noted: stale rows are in no graph of this step, a lookup would have settled them.
+            if isinstance(tables, kernels.StateTableSet):
+                settle_stale(tables, shards, stale, self.schedules, self.rounds, note=False)
+                return
             assert isinstance(tables, kernels.TableSet)
             decay, scale = self._owed(shards, stale)
             tables.settle(
@@ -109,8 +108,6 @@ class LazyDP(Mechanism):
                 grid=grid,
                 note=False,
             )
-        for shard in shards:
-            shard.settling = False
 
     def _owed(self, shards: list[TableShard], stale: kernels.Stale) -> tuple[Tensor, Tensor]:
         """Decay and standard deviation of all stale rows, float64 ``[rows]`` each."""
@@ -142,20 +139,19 @@ class LazyDP(Mechanism):
             if self.grid is None and bool((from_steps == step).all()):
                 continue
             decay, scale = schedule.decay_and_scale(from_steps, step)
-            shard.settling = True
-            kernels.settle_range(
-                shard.weight,
-                key=shard.noise_key,
-                row_offset=shard.row_offset,
-                column_offset=shard.column_offset,
-                from_steps=from_steps,
-                to_step=step,
-                decay=decay,
-                scale=scale,
-                first_row=start,
-                last_row=end,
-                rounds=self.rounds,
-                grid=self.grid,
-            )
-            from_steps.fill_(step)
-            shard.settling = False
+            with settled([shard]):
+                kernels.settle_range(
+                    shard.weight,
+                    key=shard.noise_key,
+                    row_offset=shard.row_offset,
+                    column_offset=shard.column_offset,
+                    from_steps=from_steps,
+                    to_step=step,
+                    decay=decay,
+                    scale=scale,
+                    first_row=start,
+                    last_row=end,
+                    rounds=self.rounds,
+                    grid=self.grid,
+                )
+                from_steps.fill_(step)

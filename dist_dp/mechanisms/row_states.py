@@ -22,7 +22,7 @@ from dist_dp import kernels
 from dist_dp.kernels import state_reference
 from dist_dp.mechanisms.base import Schedule
 from dist_dp.momentum_schedule import MomentumSchedule
-from dist_dp.table_shard import TableShard
+from dist_dp.table_shard import TableShard, settled
 from dist_dp.wide_rows import HALF_DTYPES, read_rows, widen, write_rows
 
 Owed = tuple[Tensor, Tensor]
@@ -145,10 +145,9 @@ def settle_range(
         from_steps = shard.last_step[start:end]
         if bool((from_steps == schedule.step).all()):
             continue
-        shard.settling = True
-        _move_range(shard, start, end, from_steps, schedule, owed(schedule, from_steps), rounds)
-        from_steps.fill_(schedule.step)
-        shard.settling = False
+        with settled([shard]):
+            _move_range(shard, start, end, from_steps, schedule, owed(schedule, from_steps), rounds)
+            from_steps.fill_(schedule.step)
 
 
 def settle_one_step(shard: TableShard, schedule: Schedule, rounds: int) -> None:
@@ -156,15 +155,14 @@ def settle_one_step(shard: TableShard, schedule: Schedule, rounds: int) -> None:
     count = shard.weight.shape[0]
     before = torch.full((1,), schedule.step - 1, dtype=torch.int32, device=shard.weight.device)
     transition, noise = owed(schedule, before)
-    shard.settling = True
-    for start in range(0, count, _RANGE_ROWS):
-        end = min(count, start + _RANGE_ROWS)
-        debt = (
-            transition.expand(end - start, *transition.shape[1:]),
-            noise.expand(end - start, *noise.shape[1:]),
-        )
-        _move_range(shard, start, end, before.expand(end - start), schedule, debt, rounds)
-    shard.settling = False
+    with settled([shard]):
+        for start in range(0, count, _RANGE_ROWS):
+            end = min(count, start + _RANGE_ROWS)
+            debt = (
+                transition.expand(end - start, *transition.shape[1:]),
+                noise.expand(end - start, *noise.shape[1:]),
+            )
+            _move_range(shard, start, end, before.expand(end - start), schedule, debt, rounds)
 
 
 def _move_range(

@@ -19,7 +19,7 @@ from scipy import stats
 from torch import Tensor
 
 from dist_dp import kernels
-from dist_dp.errors import ConfigError, DistDpError
+from dist_dp.errors import ConfigError, DistDpError, ModelError
 from dist_dp.step_state import StepState
 from tests.dist_dp import accumulation_runs, group_runs, unsharded
 from tests.dist_dp.accumulation_runs import COLUMNS, FAULTS, KINDS, READINGS, SIZES
@@ -207,22 +207,29 @@ def test_no_part_is_left_out_or_taken_twice() -> None:
     state.begin(2, 2, 2)
 
 
-def test_a_failed_part_stops_the_step() -> None:
-    """Going on without it would leave out other records because of one: no longer clipped."""
+@pytest.mark.parametrize("bad", [0, 1])
+def test_a_failed_part_stops_the_step(bad: int) -> None:
+    """Going on without it would leave out other records because of one: no longer clipped.
+
+    Nor may gradients held for the step go with the next one, should the last part be the bad one.
+    """
     run_world(int, 1)
     whole = unsharded.model()
     private = build(whole, clip=1.0, sigma=1.0, expected=unsharded.EXPECTED)
     losses = unsharded.LOSSES
-    with pytest.raises(DistDpError, match="step 1 failed"):
+    refused = 0
+    with pytest.raises(DistDpError, match=r"step 1 failed in optimizer\.step"):
         for number, batch in enumerate(loader_of(private, 2, micro_batch_size=4)):
             loss = losses(whole(*batch.inputs), batch.labels)
-            (loss * (float("nan") if number == 0 else 1.0)).backward()
+            bad_one = number == 0 if bad == 0 else private.state.is_last
+            (loss * (float("nan") if bad_one else 1.0)).backward()
             try:
                 private.optimizer.step()
-            except DistDpError as error:
-                if "not finite" not in str(error):
-                    raise
+            except ModelError as error:
+                assert "not finite" in str(error)
+                refused += 1
             private.optimizer.zero_grad()
+    assert refused == 1
     assert private.mechanism.schedule.step == 0
 
 

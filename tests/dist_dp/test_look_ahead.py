@@ -8,8 +8,11 @@ from unittest import mock
 
 import pytest
 import torch
+from torchrec import KeyedJaggedTensor
 
-from dist_dp.errors import ConfigError, ModelError
+from dist_dp.checkpoint import _check_may_be_saved
+from dist_dp.errors import ConfigError, DistDpError, ModelError
+from dist_dp.id_distribution import IdDistribution
 from dist_dp.look_ahead import LookAhead, only_features
 from dist_dp.mechanisms import LazyDP
 from tests.dist_dp.clicks import random_bags
@@ -107,6 +110,54 @@ def test_no_lookup_between_forward_and_step() -> None:
     private.optimizer.step()
     whole.eval()
     whole(*batch.inputs)
+
+
+def test_nothing_leaves_between_forward_and_step() -> None:
+    """Rows hold step 1's noise by then: published twice, its gradient would stand there bare."""
+    whole, private, loader = private_with_look_ahead()
+    batches = iter(loader)
+    batch = next(batches)
+    loss = whole(*batch.inputs).sum()
+    with pytest.raises(DistDpError, match="step 1 is not over: look_ahead"):
+        private.settle()
+    with pytest.raises(DistDpError, match="step 1 is not over: look_ahead"):
+        _check_may_be_saved(private)
+    loss.backward()
+    private.optimizer.step()
+    private.settle()
+    _check_may_be_saved(private)
+
+
+@pytest.mark.parametrize("part", ["ids", "lengths", "weights"])
+def test_only_what_was_sent_is_looked_up(part: str) -> None:
+    """Planted: a batch changed in place, or built anew with other weights, passes for the old."""
+
+    class Sharded:
+        def create_context(self) -> None:
+            pass
+
+        def input_dist(self, _context: None, features: Any) -> Any:
+            return mock.Mock(wait=lambda: mock.Mock(wait=lambda: features))
+
+    def made(**other: Any) -> KeyedJaggedTensor:
+        parts = {"ids": [3, 1, 2], "lengths": [2, 1], "weights": [1.0, 2.0, 3.0], **other}
+        return KeyedJaggedTensor(
+            keys=["f"],
+            values=torch.tensor(parts["ids"]),
+            lengths=torch.tensor(parts["lengths"]),
+            weights=torch.tensor(parts["weights"]),
+        )
+
+    features = made()
+    sent = IdDistribution(Sharded(), features)
+    assert sent.serves(features) and sent.serves(made())
+    other = {"ids": [3, 1, 4], "lengths": [1, 2], "weights": [1.0, 2.0, 4.0]}
+    assert not sent.serves(made(**{part: other[part]}))
+    changed = {
+        "ids": features.values(), "lengths": features.lengths(), "weights": features.weights()
+    }[part]  # fmt: skip
+    changed.add_(1)
+    assert not sent.serves(features)
 
 
 def test_the_rate_may_not_change_in_between() -> None:

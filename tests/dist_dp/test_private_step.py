@@ -11,13 +11,15 @@ from torch import Tensor, nn
 from torchrec import EmbeddingBagCollection, EmbeddingBagConfig, KeyedJaggedTensor
 from torchrec.modules.embedding_configs import DataType
 
-from dist_dp.distributed import ensure_process_group
-from dist_dp.errors import ConfigError, DataError, DistDpError, ModelError
+from dist_dp import kernels
+from dist_dp.distributed import ensure_process_group, rank
+from dist_dp.errors import ConfigError, DataError, DistDpError, ModelError, ReleaseError
 from dist_dp.private_model import PrivateModel
 from dist_dp.sharding import embedding_collections
 from tests.dist_dp.clicks import Clicks, random_bags
 from tests.dist_dp.gradients import build, pieces
 from tests.dist_dp.models import BATCH, DENSE, bags
+from tests.dist_dp.worlds import run_world
 
 ROWS = {"f0": 7, "f1": 11}
 
@@ -337,3 +339,50 @@ def test_the_state_goes_through_checkpoints_only() -> None:
         private.optimizer.load_state_dict({"state": {}, "param_groups": []})
     assert private.optimizer.dense is not None
     assert private.optimizer.param_groups[1] is private.optimizer.dense.param_groups[0]
+
+
+@pytest.mark.parametrize("mechanism", ["lazydp", "dpsgd"])
+def test_a_settling_cut_short_is_never_forgotten(
+    mechanism: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Rows were marked before they got their noise: whatever settles next must not hide it."""
+    model, private = make(mechanism=mechanism)
+
+    def interrupt(*_args: Any, **_options: Any) -> None:
+        raise KeyboardInterrupt
+
+    with monkeypatch.context() as patched:
+        patched.setattr(kernels.TableSet, "settle", interrupt)
+        patched.setattr(kernels, "settle_range", interrupt)
+        with pytest.raises(KeyboardInterrupt):
+            for step in (1, 2):
+                begin(private, step)
+                loss(model, data(step)).backward()
+                private.optimizer.step()
+    assert any(shard.settling for shard in private.shards)
+    if mechanism == "lazydp":
+        private.optimizer.zero_grad()
+        for mode in (model.train, model.eval):
+            mode()
+            with pytest.raises(ReleaseError, match="cut short"):
+                model(*data(2).inputs)
+    with pytest.raises(DistDpError, match="cut short"):
+        private.settle()
+
+
+def bad_on_rank_0() -> str:
+    model, private = make()
+    private.state.begin(1, BATCH, BATCH)
+    value = loss(model, data(1 + rank())) * (float("nan") if rank() == 0 else 1.0)
+    value.backward()
+    try:
+        private.optimizer.step()
+    except ModelError as error:
+        return str(error)
+    return "went on"
+
+
+def test_a_gradient_that_is_not_finite_stops_every_rank() -> None:
+    """The rank that saw it must not leave the others waiting for its sums."""
+    for found in run_world(bad_on_rank_0, 2):
+        assert f"step 1: the gradient of an example is not finite ({BATCH} in all)" in found

@@ -43,7 +43,7 @@ def test_nothing_follows_a_step_that_was_not_finished() -> None:
     state.begin(1, 3, 4)
     state.take(4)
     for next_one in (lambda: state.begin(2, 1, 1), lambda: state.take(4)):
-        with pytest.raises(DistDpError, match="step 1 failed in optimizer.step()"):
+        with pytest.raises(DistDpError, match=r"step 1 failed in optimizer\.step"):
             next_one()
-    with pytest.raises(DistDpError, match="Resume from the last checkpoint"):
+    with pytest.raises(DistDpError, match="Resume from the last"):
         state.check_nothing_failed()

@@ -136,10 +136,21 @@ def plan(
     skip_bad_rows: SkipOption = False,
     allow_large_delta: ForceDeltaOption = False,
     settings: SetOption = None,
+    machine: Annotated[
+        Path | None, typer.Option(help="Rates of a worker's machine (dist-dp bench machine).")
+    ] = None,
+    pooling: Annotated[float, typer.Option(min=0.0, help="Ids in each bag, to forecast.")] = 1.0,
+    network_gbits: Annotated[
+        float | None, typer.Option(min=0.001, help="Each worker's link, to forecast.")
+    ] = None,
+    latency_us: Annotated[
+        float | None, typer.Option(min=0.0, help="Of a message, to forecast.")
+    ] = None,
     json_output: Annotated[bool, typer.Option("--json", help="Print JSON.")] = False,
     verbose: VerboseOption = False,
 ) -> None:
-    """Show noise, steps, batch, memory and sharding before anything runs."""
+    """Show noise, steps, batch, memory, sharding and a step's time before anything runs."""
+    from dist_dp.cluster.forecast import Speed
     from dist_dp.cluster.planning import make_report, print_report
 
     resolved = _config(
@@ -154,7 +165,8 @@ def plan(
             "privacy.allow_large_delta": allow_large_delta or None,
         },
     )
-    report = make_report(resolved, num_records=num_records, verbose=verbose)
+    speed = Speed(machine, pooling, network_gbits, latency_us)
+    report = make_report(resolved, num_records=num_records, speed=speed, verbose=verbose)
     if json_output:
         print(json.dumps(report, indent=2))
     else:

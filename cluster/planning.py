@@ -7,29 +7,39 @@ from typing import Any
 
 from rich.console import Console
 from rich.table import Table
+from torch import nn
 
 from dist_dp.cluster import quiet
 from dist_dp.cluster.config import RunConfig
 from dist_dp.cluster.console import skipped_text
+from dist_dp.cluster.forecast import Speed, forecast_step, print_forecast
 from dist_dp.cluster.job import make_plan
+from dist_dp.cluster.models import build_model
+from dist_dp.cluster.workload import PlannedTable, dense_shape, planned_tables
 from dist_dp.datasets.schema import DataSchema
 from dist_dp.errors import ConfigError
 from dist_dp.noise_grid import MULTIPLES, spacing_text
 from dist_dp.plan import PrivacyPlan
+from dist_dp.sharding import TableOptimizer
 
 HISTORY_BYTES_A_ROW = 4
 _OPTIMIZER_BYTES = {"sgd": 0, "adagrad": 4, "rowwise_adagrad": 0}
 
 
 def make_report(
-    config: RunConfig, *, num_records: int | None = None, verbose: bool = False
+    config: RunConfig,
+    *,
+    num_records: int | None = None,
+    speed: Speed | None = None,
+    verbose: bool = False,
 ) -> dict[str, Any]:
-    """Plans noise, steps, memory and sharding.
+    """Plans noise, steps, memory, sharding and, on CPUs, the time of a step.
 
     Args:
         config: The configuration.
         num_records: Training records, to plan without reading data (the format's default schema
             or the declared one is used then).
+        speed: What the forecast of a step's time assumes.
         verbose: Let libraries log.
 
     Returns:
@@ -49,8 +59,10 @@ def make_report(
     else:
         schema, dataset = _declared_schema(config), config.data.name or "not named"
         plan = make_plan(config, num_records)
-    tables = _tables(config, schema, plan)
-    memory = _memory_by_worker(config, tables, plan)
+    model = build_model(config.model, schema)
+    planned = _tables(config, model, plan)
+    tables = [_simple(table) for table in planned]
+    memory = _memory_by_worker(config, tables)
     private = plan.is_private
     return {
         "dataset": dataset,
@@ -69,6 +81,9 @@ def make_report(
         "epochs": plan.steps * plan.expected_batch_size / plan.num_records,
         "num_workers": config.cluster.num_workers,
         "memory_bytes_by_worker": memory,
+        "forecast": None
+        if config.cluster.use_gpu
+        else forecast_step(config, planned, dense_shape(model), plan, speed or Speed()),
         "tables": tables,
         "statement": plan.statement(),
     }
@@ -94,62 +109,39 @@ def _declared_schema(config: RunConfig) -> DataSchema:
     return schema.with_num_embeddings(data.num_embeddings, data.max_num_embeddings)
 
 
-def _tables(config: RunConfig, schema: DataSchema, plan: PrivacyPlan) -> list[dict[str, Any]]:
-    """Every shard of every table, as the workers would hold it."""
-    from dist_dp.cluster.models import build_model
-    from dist_dp.shard_model import quiet_torchrec
-    from dist_dp.sharding import (
-        TableOptimizer,
-        embedding_collections,
-        kind_of,
-        plan_sharding,
-        table_configs,
+def _tables(config: RunConfig, model: nn.Module, plan: PrivacyPlan) -> list[PlannedTable]:
+    """Every table, as the workers would hold it."""
+    workers = config.cluster.num_workers
+    return planned_tables(
+        model,
+        config.model.sharding,
+        workers=workers,
+        device_type="cuda" if config.cluster.use_gpu else "cpu",
+        batch_size=int(plan.expected_batch_size / workers),
+        optimizer=TableOptimizer(config.train.table_optimizer),
+        workers_per_node=config.cluster.workers_per_node,
     )
 
-    model = build_model(config.model, schema)
-    workers = config.cluster.num_workers
-    with quiet_torchrec():
-        plans = plan_sharding(
-            model,
-            config.model.sharding,
-            world_size=workers,
-            device_type="cuda" if config.cluster.use_gpu else "cpu",
-            batch_size=max(1, int(plan.expected_batch_size / workers)),
-            optimizer=TableOptimizer(config.train.table_optimizer),
-            local_size=config.cluster.workers_per_node,
-        )
-    tables: list[dict[str, Any]] = []
-    for path, collection in embedding_collections(model).items():
-        for table in table_configs(collection):
-            parameter = plans[path][table.name]
-            if parameter.sharding_type == "data_parallel":
-                size = [table.num_embeddings, table.embedding_dim]
-                shards = [{"rank": r, "offset": [0, 0], "size": size} for r in range(workers)]
-            else:
-                shards = [
-                    {
-                        "rank": shard.placement.rank(),
-                        "offset": list(shard.shard_offsets),
-                        "size": list(shard.shard_sizes),
-                    }
-                    for shard in parameter.sharding_spec.shards
-                ]
-            tables.append(
-                {
-                    "table": f"{path}.{table.name}",
-                    "rows": table.num_embeddings,
-                    "dim": table.embedding_dim,
-                    "kind": kind_of(parameter),
-                    "bytes": 4 * table.num_embeddings * table.embedding_dim,
-                    "shards": shards,
-                }
-            )
-    return tables
+
+def _simple(table: PlannedTable) -> dict[str, Any]:
+    return {
+        "table": table.name,
+        "rows": table.rows,
+        "dim": table.dim,
+        "kind": table.kind,
+        "bytes": 4 * table.rows * table.dim,
+        "shards": [
+            {
+                "rank": s.rank,
+                "offset": [s.row_offset, s.column_offset],
+                "size": [s.rows, s.columns],
+            }
+            for s in table.shards
+        ],
+    }
 
 
-def _memory_by_worker(
-    config: RunConfig, tables: list[dict[str, Any]], plan: PrivacyPlan
-) -> list[dict[str, int]]:
+def _memory_by_worker(config: RunConfig, tables: list[dict[str, Any]]) -> list[dict[str, int]]:
     """Weights, history and optimizer state of each worker's shards; a lower bound of its need."""
     workers: defaultdict[int, dict[str, int]] = defaultdict(
         lambda: {"weights": 0, "history": 0, "optimizer": 0}
@@ -164,7 +156,6 @@ def _memory_by_worker(
             entry["optimizer"] += state * rows * columns
             if config.train.table_optimizer == "rowwise_adagrad":
                 entry["optimizer"] += 4 * rows
-    del plan
     return [workers[r] for r in range(config.cluster.num_workers)]
 
 
@@ -202,6 +193,8 @@ def print_report(report: dict[str, Any]) -> None:
         values = [entry["weights"], entry["history"], entry["optimizer"]]
         memory.add_row(str(number), *(size_text(v) for v in (*values, sum(values))))
     console.print(memory)
+    if report["forecast"] is not None:
+        print_forecast(console, report["forecast"])
     sharding = Table(title="sharding", title_justify="left")
     for column in ("table", "rows", "dim", "kind", "workers", "largest piece", "size"):
         sharding.add_column(column)

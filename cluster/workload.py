@@ -22,6 +22,17 @@ from dist_dp.step_counts import DenseShape, LinearShape, ShardShape, TableShape,
 
 
 @dataclass(frozen=True)
+class PlannedShard:
+    """A piece of a table: who holds it, where it begins, and how large it is."""
+
+    rank: int
+    row_offset: int
+    column_offset: int
+    rows: int
+    columns: int
+
+
+@dataclass(frozen=True)
 class PlannedTable:
     """A table, and who is to hold which piece of it.
 
@@ -31,7 +42,7 @@ class PlannedTable:
         dim: Its columns.
         bags: Features that read it.
         kind: Sharding kind.
-        shards: Rank, rows and columns of each piece.
+        shards: Its pieces.
     """
 
     name: str
@@ -39,7 +50,7 @@ class PlannedTable:
     dim: int
     bags: int
     kind: str
-    shards: tuple[tuple[int, int, int], ...]
+    shards: tuple[PlannedShard, ...]
 
 
 def planned_tables(
@@ -50,8 +61,18 @@ def planned_tables(
     device_type: str,
     batch_size: int,
     optimizer: TableOptimizer,
+    workers_per_node: int | None = None,
 ) -> list[PlannedTable]:
     """Every table of an unsharded model (on the meta device, say), as workers would hold it.
+
+    Args:
+        model: The model.
+        sharding: One kind for all tables, or a kind by table name.
+        workers: World size.
+        device_type: ``cpu`` or ``cuda``.
+        batch_size: Examples of a worker's step.
+        optimizer: Of the tables.
+        workers_per_node: Workers of a host; by default all.
 
     Raises:
         ConfigError: The tables cannot be sharded that way.
@@ -64,6 +85,7 @@ def planned_tables(
             device_type=device_type,
             batch_size=max(1, batch_size),
             optimizer=optimizer,
+            local_size=workers_per_node,
         )
     found: list[PlannedTable] = []
     for path, collection in embedding_collections(model).items():
@@ -72,10 +94,11 @@ def planned_tables(
             kind = kind_of(parameter)
             rows, dim = table.num_embeddings, table.embedding_dim
             if kind == "data_parallel":
-                shards = [(rank, rows, dim) for rank in range(workers)]
+                shards = [PlannedShard(rank, 0, 0, rows, dim) for rank in range(workers)]
             else:
                 shards = [
-                    (s.placement.rank(), *s.shard_sizes) for s in parameter.sharding_spec.shards
+                    PlannedShard(s.placement.rank(), *s.shard_offsets, *s.shard_sizes)
+                    for s in parameter.sharding_spec.shards
                 ]
             found.append(
                 PlannedTable(
@@ -166,9 +189,9 @@ def workloads(
     shapes = tuple(TableShape(t.rows, t.dim, t.bags, pooling, skew) for t in tables)
     pieces: dict[int, list[ShardShape]] = {rank: [] for rank in range(workers)}
     for table, shape in zip(tables, shapes, strict=True):
-        for rank, rows, columns in table.shards:
-            if rows:
-                pieces[rank].append(ShardShape(shape, rows, columns, table.kind))
+        for s in table.shards:
+            if s.rows:
+                pieces[s.rank].append(ShardShape(shape, s.rows, s.columns, table.kind))
     distinct = dict.fromkeys(tuple(found) for found in pieces.values())
     return [
         Workload(

@@ -8,7 +8,7 @@ what is left out.
 from __future__ import annotations
 
 import json
-from dataclasses import asdict, dataclass, field, fields, replace
+from dataclasses import asdict, dataclass, fields, replace
 from pathlib import Path
 from typing import Any
 
@@ -22,10 +22,10 @@ RATES_VERSION = 1
 class MachineRates:
     """What one machine does in a second, and what things cost it.
 
-    The default values were measured with ``dist-dp bench machine`` on 2 cores of an AMD EPYC with
-    AVX-512 (torch 2.13, 2 threads, 20 ChaCha rounds, no huge pages, otherwise idle); the command
-    makes them anew for another machine. Its network values are those of two local processes over
-    gloo. Rates of a GPU are not known: nothing was measured on one.
+    Those of :meth:`shipped` were measured with ``dist-dp bench machine`` on 2 cores of an AMD EPYC
+    with AVX-512 (no huge pages, otherwise idle); the command makes them anew for another machine.
+    Its network values are those of two local processes over gloo. Rates of a GPU are not known:
+    nothing was measured on one.
 
     Attributes:
         threads: Threads that the rates are for; ``with_threads`` converts those that scale.
@@ -55,31 +55,31 @@ class MachineRates:
         source: Where and how the rates were found.
     """
 
-    threads: int = 2
-    matmul_flops_per_second: float = 1.7e11
-    small_matmul_flops_per_second: float = 2.2e10
-    activation_bytes_per_second: float = 1.0e10
-    fresh_bytes_per_second: float = 2.0e9
-    indexed_numbers_per_second: float = 1.0e8
-    lookup_seconds_a_row: float = 2e-8
-    lookup_bytes_per_second: float = 1e10
-    update_seconds_a_row: float = 1e-7
-    update_bytes_per_second: float = 1e10
-    id_seconds: float = 2e-8
-    settle_seconds_a_row: float = 5e-8
-    settle_normals_per_second: float = 1.0e9
-    stream_normals_per_second: float = 1.2e9
-    rounds: int = 20
-    torch_normals_per_second: float = 1.5e8
-    step_seconds: dict[str, float] = field(default_factory=dict)
-    table_seconds: dict[str, float] = field(default_factory=dict)
-    worker_seconds: float = 1e-3
-    all_to_all_bytes_per_second: float = 1e9
-    all_reduce_bytes_per_second: float = 1e9
-    all_gather_bytes_per_second: float = 1e9
-    round_seconds: float = 1e-4
-    disk_bytes_per_second: float = 1e9
-    source: str = "shipped: 2 cores of an AMD EPYC with AVX-512"
+    threads: int
+    matmul_flops_per_second: float
+    small_matmul_flops_per_second: float
+    activation_bytes_per_second: float
+    fresh_bytes_per_second: float
+    indexed_numbers_per_second: float
+    lookup_seconds_a_row: float
+    lookup_bytes_per_second: float
+    update_seconds_a_row: float
+    update_bytes_per_second: float
+    id_seconds: float
+    settle_seconds_a_row: float
+    settle_normals_per_second: float
+    stream_normals_per_second: float
+    rounds: int
+    torch_normals_per_second: float
+    step_seconds: dict[str, float]
+    table_seconds: dict[str, float]
+    worker_seconds: float
+    all_to_all_bytes_per_second: float
+    all_reduce_bytes_per_second: float
+    all_gather_bytes_per_second: float
+    round_seconds: float
+    disk_bytes_per_second: float
+    source: str
 
     def with_threads(self, threads: int) -> MachineRates:
         """The rates of a worker with another number of threads on such cores.
@@ -120,6 +120,11 @@ class MachineRates:
             json.dumps({"version": RATES_VERSION, **asdict(self)}, indent=1) + "\n",
             encoding="utf-8",
         )
+
+    @classmethod
+    def shipped(cls) -> MachineRates:
+        """The rates that come with the package; ``source`` names their machine."""
+        return cls.load(Path(__file__).with_name("machine_rates.json"))
 
     @classmethod
     def load(cls, path: Path) -> MachineRates:

@@ -75,7 +75,7 @@ def _compare(point: dict[str, Any], rates: MachineRates) -> Iterator[Comparison]
     model, _ = build_models(settings)
     tables = planned_tables(
         model,
-        settings.sharding,  # type: ignore[arg-type]
+        settings.sharding or settings.kind,  # type: ignore[arg-type]
         workers=settings.workers,
         device_type="cpu",
         batch_size=settings.batch // settings.workers,
@@ -124,7 +124,7 @@ def run_check(file: Path, machine: Path | None, *, phases: bool) -> bool:
         result: Any = json.loads(file.read_text(encoding="utf-8"))
     except (OSError, ValueError) as error:
         raise ConfigError(f"cannot read the measurements '{file}': {error}") from None
-    rates = MachineRates() if machine is None else MachineRates.load(machine)
+    rates = MachineRates.shipped() if machine is None else MachineRates.load(machine)
     found = compare(result, rates)
     _print(found, rates, phases=phases)
     return all(abs(c.error) <= TOLERANCE for c in found)

@@ -8,7 +8,6 @@ for them, so the loader for serving refuses it.
 
 from __future__ import annotations
 
-import json
 import shutil
 from collections.abc import Callable, Mapping
 from concurrent.futures import Future, ThreadPoolExecutor
@@ -21,11 +20,12 @@ import torch.distributed.checkpoint as dcp
 from torch.distributed.checkpoint.api import CheckpointException
 
 from dist_dp import checkpoint_folder as folders
+from dist_dp.checkpoint_description import check_same_run, describe
 from dist_dp.checkpoint_folder import find_checkpoint, read_checkpoint_info, read_secret
-from dist_dp.checkpoint_state import Restored, numbers_of, pieces_of
+from dist_dp.checkpoint_state import Restored, pieces_of
 from dist_dp.checkpoint_storage import TensorReader, TensorWriter
 from dist_dp.checkpoint_tensors import PieceLoadPlanner, Pieces, PieceSavePlanner
-from dist_dp.distributed import all_reduce_max, all_together, broadcast_object, rank, world_size
+from dist_dp.distributed import all_together, broadcast_object, rank, world_size
 from dist_dp.errors import CheckpointError, DistDpError
 
 if TYPE_CHECKING:
@@ -100,7 +100,7 @@ class CheckpointWriter:
                 "checkpoints support the table optimizer sgd; set train.checkpoint_every to 0"
             )
         all_together(lambda: _check_may_be_saved(parts), CheckpointError, WRITE)
-        info = _describe(engine)
+        info = describe(engine)
         pieces: Pieces = pieces_of(parts)
         partial: list[Path] = []
 
@@ -111,7 +111,13 @@ class CheckpointWriter:
             if self._threads is not None:
                 pieces = {name: [p.copied() for p in held] for name, held in pieces.items()}
 
-        all_together(begin, CheckpointError, WRITE)
+        try:
+            all_together(begin, CheckpointError, WRITE)
+        except BaseException:
+            # The secret is in it, and nothing else will be.
+            for made in partial:
+                shutil.rmtree(made, ignore_errors=True)
+            raise
         folder = broadcast_object(partial[0] if partial else None)
         assert folder is not None
         if self._threads is None:
@@ -202,21 +208,11 @@ def load_checkpoint(engine: PrivacyEngine, folder: Path) -> tuple[int, bool]:
     what = "read it"
     folder = find_checkpoint(folder)
     info = read_checkpoint_info(folder)
-    for subject, saved, now in (
-        ("privacy plan", info["plan"], parts.plan.model_dump()),
-        ("run", info["run_id"], engine.run_id),
-        ("training settings", info["settings"], engine.settings),
-        ("dense optimizer", info["dense_optimizer"], _kind_of_optimizer(parts)),
-    ):
-        if saved != json.loads(json.dumps(now)):
-            raise CheckpointError(
-                f"the checkpoint '{folder}' was saved with another {subject}; resume with the "
-                "same configuration"
-            )
     reader = TensorReader(folder)
     restored: list[Restored] = []
 
     def begin() -> None:
+        check_same_run(engine, info)
         folders.check_index(folder, info)
         same_world = info["world_size"] == world_size()
         restored.append(Restored(parts, reader.read_metadata(), same_world))
@@ -245,35 +241,12 @@ def load_checkpoint(engine: PrivacyEngine, folder: Path) -> tuple[int, bool]:
 
 def _check_may_be_saved(parts: PrivateModel) -> None:
     """Refuses what could not be released from a run that goes on, either."""
+    parts.check_mechanism()
     parts.state.check_nothing_failed()
     parts.optimizer.check_between_steps()
     for shard in parts.shards:
         shard.check_whole()
     parts.check_fixed_unchanged()
-
-
-def _describe(engine: PrivacyEngine) -> dict[str, Any]:
-    """What a checkpoint says about itself: simple types; every rank calls it."""
-    parts = engine.parts
-    behind = torch.tensor([float(any(not parts.mechanism.is_settled(s) for s in parts.shards))])
-    settled = not bool(all_reduce_max(behind.to(parts.device)).item())
-    return {
-        "numbers": numbers_of(parts),
-        "settled": settled,
-        "world_size": world_size(),
-        "settings": engine.settings,
-        "run_id": engine.run_id,
-        "dataset": engine.dataset,
-        "fixed_secret": engine.secret_is_given,
-        "plan": parts.plan.model_dump(),
-        "dense_optimizer": _kind_of_optimizer(parts),
-        "steps_charged": engine.steps_charged(),
-    }
-
-
-def _kind_of_optimizer(parts: PrivateModel) -> str | None:
-    dense = parts.optimizer.dense
-    return None if dense is None else type(dense).__name__
 
 
 def _publish(partial: Path, info: Mapping[str, Any]) -> None:

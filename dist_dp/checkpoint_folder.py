@@ -4,7 +4,7 @@
 
     HOME/                       of a run (mode 0700)
         save-000007/            the newest checkpoint: always whole
-            checkpoint.json     what it is; marked private
+            checkpoint.json     what it is; marked private, sealed with the secret
             secret              the run's key (mode 0600)
             index.json, *.bin   see dist_dp.checkpoint_storage
         .save-000008.partial/   one that is being written, or was when the process died
@@ -12,11 +12,15 @@
 A checkpoint appears by one rename, after everything in it is on the disk; only then is the one
 before removed. So at every moment the highest number is a whole checkpoint, and a process may die
 between any two operations.
+
+The seal is a keyed digest of the description. The description holds the digest of the index, and
+the index the checksums of all chunks, so none of them, nor the secret, can change unnoticed.
 """
 
 from __future__ import annotations
 
 import hashlib
+import hmac
 import json
 import re
 import shutil
@@ -24,12 +28,13 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
+from dist_dp import kernels
 from dist_dp.checkpoint_storage import INDEX_FILE, write_private
 from dist_dp.durable import sync_folder
 from dist_dp.errors import CheckpointError
 
 FORMAT = "dist-dp-checkpoint"
-FORMAT_VERSION = 2
+FORMAT_VERSION = 3
 INFO_FILE = "checkpoint.json"
 SECRET_FILE = "secret"
 
@@ -80,6 +85,12 @@ def read_checkpoint_info(folder: Path) -> dict[str, Any]:
             f"'{path}' has format version {info.get('format_version')}, this package reads "
             f"{FORMAT_VERSION}; go on with the package version that wrote it"
         )
+    seal = str(info.get("seal")).encode()
+    if not hmac.compare_digest(seal, _seal(info, _secret_in(folder)).encode()):
+        raise CheckpointError(
+            f"'{path}' or '{SECRET_FILE}' beside it is damaged: one of them was changed since they "
+            "were written; go on from a copy of the checkpoint, or start a new run"
+        )
     return info
 
 
@@ -100,7 +111,11 @@ def read_secret(folder: Path) -> bytes:
     Raises:
         CheckpointError: It cannot be read.
     """
-    folder = find_checkpoint(folder)
+    return _secret_in(find_checkpoint(folder))
+
+
+def _secret_in(folder: Path) -> bytes:
+    """The secret in a checkpoint, whole or partial."""
     try:
         secret = (folder / SECRET_FILE).read_bytes()
     except OSError as error:
@@ -108,6 +123,13 @@ def read_secret(folder: Path) -> bytes:
     if len(secret) != 32:
         raise CheckpointError(f"the secret in '{folder}' is damaged")
     return secret
+
+
+def _seal(info: Mapping[str, Any], secret: bytes) -> str:
+    """Keyed digest (hex) of a description without its seal, whatever the order of its entries."""
+    content = json.dumps({k: v for k, v in info.items() if k != "seal"}, sort_keys=True)
+    key = kernels.derive_key(secret, "checkpoint", "description")
+    return hmac.new(key, content.encode(), hashlib.sha256).hexdigest()
 
 
 def begin(home: Path, secret: bytes) -> Path:
@@ -121,6 +143,9 @@ def begin(home: Path, secret: bytes) -> Path:
 
     Returns:
         The partial folder.
+
+    Raises:
+        OSError: It cannot be written (a full disk); nothing is left of it.
     """
     home.mkdir(parents=True, exist_ok=True, mode=0o700)
     for left in home.iterdir():
@@ -129,7 +154,12 @@ def begin(home: Path, secret: bytes) -> Path:
     number = max(_numbered(home), default=0) + 1
     partial = home / f".save-{number:06d}.partial"
     partial.mkdir(mode=0o700)
-    write_private(partial / SECRET_FILE, secret)
+    try:
+        write_private(partial / SECRET_FILE, secret)
+    except BaseException:
+        # A part of the secret must not stay behind a save that failed.
+        shutil.rmtree(partial, ignore_errors=True)
+        raise
     return partial
 
 
@@ -142,15 +172,21 @@ def publish(partial: Path, info: Mapping[str, Any]) -> Path:
 
     Returns:
         The checkpoint's folder.
+
+    Raises:
+        CheckpointError: Its secret cannot be read back.
     """
     index = (partial / INDEX_FILE).read_bytes()
-    described = {
+    content = {
         "format": FORMAT,
         "format_version": FORMAT_VERSION,
         "note": "PRIVATE: not settled, holds the run's secret. Never publish or serve it.",
         **info,
         "index_sha256": hashlib.sha256(index).hexdigest(),
     }
+    # What is sealed is what will be read: JSON has no tuples, and no keys but strings.
+    described = json.loads(json.dumps(content))
+    described["seal"] = _seal(described, _secret_in(partial))
     write_private(partial / INFO_FILE, json.dumps(described, indent=1).encode())
     sync_folder(partial)
     home = partial.parent

@@ -20,6 +20,7 @@ import torch
 from torch import Tensor
 from torch.distributed.checkpoint.metadata import Metadata, TensorStorageMetadata
 
+from dist_dp.checkpoint_groups import groups_of, restore_settings
 from dist_dp.checkpoint_tensors import Piece
 from dist_dp.distributed import all_reduce_max, rank
 from dist_dp.errors import CheckpointError
@@ -53,16 +54,12 @@ def pieces_of(parts: PrivateModel) -> dict[str, list[Piece]]:
 
 
 def numbers_of(parts: PrivateModel) -> dict[str, Any]:
-    """The step, and the optimizer's settings by group: simple types."""
-    groups = [
-        {
-            key: value
-            for key, value in group.items()
-            if isinstance(value, bool | int | float) and key != "params"
-        }
-        for group in parts.optimizer.param_groups
-    ]
-    return {"step": parts.mechanism.schedule.step, "param_groups": groups}
+    """The step, and the optimizer's groups: simple types.
+
+    Raises:
+        CheckpointError: A setting of the optimizer cannot be kept.
+    """
+    return {"step": parts.mechanism.schedule.step, "param_groups": groups_of(parts)}
 
 
 class Restored:
@@ -137,13 +134,14 @@ class Restored:
         live = dict([*parts.model.named_parameters(), *parts.model.named_buffers()])
         for name, tensor in parts.fixed.items():
             live[name].copy_(tensor)
-        self._finish_optimizer(numbers["param_groups"])
+        self._finish_optimizer()
+        restore_settings(parts, numbers["param_groups"])
         for states in self._group("generators").values():
             torch.set_rng_state(states["cpu"])
             if "cuda" in states:
                 torch.cuda.set_rng_state(states["cuda"], parts.device)
 
-    def _finish_optimizer(self, settings: list[dict[str, Any]]) -> None:
+    def _finish_optimizer(self) -> None:
         parts = self._parts
         dense = parts.optimizer.dense
         state = self._group("optimizer")
@@ -157,8 +155,6 @@ class Restored:
             )
             # It put copies in their place, which the private optimizer would not know.
             dense.param_groups = groups
-        for group, saved in zip(parts.optimizer.param_groups, settings, strict=True):
-            group.update(saved)
 
 
 def _table_pieces(parts: PrivateModel) -> dict[str, list[Piece]]:

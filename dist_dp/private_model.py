@@ -14,7 +14,7 @@ from dist_dp import kernels
 from dist_dp.clipping.recorder import DenseRecorder
 from dist_dp.cut import CutEmbeddings
 from dist_dp.distributed import world_size
-from dist_dp.errors import ConfigError, ModelError
+from dist_dp.errors import ConfigError, ModelError, ReleaseError
 from dist_dp.mechanisms import Mechanism, Read, mechanism_class
 from dist_dp.mechanisms.row_states import give_state, has_own_state
 from dist_dp.momentum_schedule import MomentumSchedule
@@ -75,6 +75,25 @@ class PrivateModel:
             finish()
         for shard in self.shards:
             shard.check_whole()
+
+    def check_mechanism(self) -> None:
+        """Refuses a model whose noise was not made by the mechanism that its plan names.
+
+        Guarantee:
+            What is saved or released under a plan was noised as the plan says. A mechanism put
+            into the optimizer by hand (to time it) may add less, and would pass for the plan's
+            once a run goes on from its checkpoint.
+
+        Raises:
+            ReleaseError: Another mechanism is at work.
+        """
+        if type(self.mechanism) is not mechanism_class(self.plan.mechanism):
+            raise ReleaseError(
+                f"the tables are trained with mechanism '{self.mechanism.name}' "
+                f"({type(self.mechanism).__name__}), but the plan says '{self.plan.mechanism}': "
+                "nothing can be saved or released from this process. Start a run with the "
+                "mechanism of its plan."
+            )
 
     def check_fixed_unchanged(self) -> None:
         """Refuses a model whose buffers or frozen parameters moved during training.

@@ -62,8 +62,8 @@ def write_release(
         The folder.
 
     Raises:
-        ReleaseError: The folder exists, the last step failed, or writing did (a full disk);
-            nothing is left of it.
+        ReleaseError: The folder exists, the mechanism is not the plan's, the last step failed, or
+            writing did (a full disk); nothing is left of it.
 
     Guarantee:
         Every row of every shard is settled to the last finished step before its first byte is
@@ -85,6 +85,7 @@ def write_release(
     written: dict[str, FileFacts] = {}
     try:
         all_together(parts.state.check_nothing_failed, ReleaseError, "check the last step")
+        all_together(parts.check_mechanism, ReleaseError, "check the mechanism")
         all_together(parts.check_fixed_unchanged, ReleaseError, "check the model")
         all_together(
             lambda: written.update(write_tables(parts, partial, progress)),

@@ -7,13 +7,13 @@ their versions change. ``tests/dist_dp/test_sharding_kinds.py`` fails without an
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping
+from functools import partial
 from itertools import accumulate
 from typing import Any
 
 import torch
 from torch import Tensor
 
-from dist_dp.errors import ConfigError
 from dist_dp.table_shard import TableShard
 
 _ROWS_SPLIT = ("row_wise", "table_row_wise", "grid")
@@ -23,31 +23,63 @@ def divide_means(sharded: Any, configs: list[Any], kinds: Mapping[str, str]) -> 
     """Makes a sharded pooled collection divide what is to be a mean, and nothing else.
 
     A bag whose rows lie on several workers is summed there and divided when it is whole again.
-    TorchRec forgets to do so for a grid, and divides the bags of all other tables too unless it
-    has them in its list of sums.
+    TorchRec forgets to do so for a grid, divides the bags of tables of other kinds too, and tells
+    what to divide by feature, so that a feature in two tables is wrong in one of them. Here its
+    division is off, and each output has a divisor of its own.
 
     Args:
         sharded: TorchRec's sharded collection, before its first forward.
         configs: The table configurations.
         kinds: Sharding kind by table name.
-
-    Raises:
-        ConfigError: A feature is read from a table that is divided and from one that is not.
     """
-    apart = [c.pooling.name == "MEAN" and kinds[c.name] in _ROWS_SPLIT for c in configs]
-    features: dict[bool, dict[str, str]] = {True: {}, False: {}}
-    for config, divided in zip(configs, apart, strict=True):
-        features[divided].update(dict.fromkeys(config.feature_names, config.name))
-    for name in features[True].keys() & features[False].keys():
-        raise ConfigError(
-            f"feature '{name}' is read from the tables '{features[True][name]}' and "
-            f"'{features[False][name]}', which TorchRec cannot pool apart when one is a mean over "
-            "split rows; shard the mean table_wise or column_wise"
-        )
-    lists = sharded._pooling_type_to_rs_features
-    lists.clear()
-    lists["SUM"], lists["MEAN"] = list(features[False]), list(features[True])
-    sharded._has_mean_pooling_callback = any(apart)
+    from torchrec.modules.embedding_modules import get_embedding_names_by_table
+
+    feature_of = {
+        output: feature
+        for config, outputs in zip(configs, get_embedding_names_by_table(configs), strict=True)
+        if config.pooling.name == "MEAN" and kinds[config.name] in _ROWS_SPLIT
+        for output, feature in zip(outputs, config.feature_names, strict=True)
+    }
+    sharded._has_mean_pooling_callback = False
+    if not feature_of:
+        return
+    send, look_up = sharded.input_dist, sharded.compute_and_output_dist
+
+    def input_dist(context: Any, features: Any) -> Any:
+        context.divisor = _divisor(sharded, features, feature_of)
+        return send(context, features)
+
+    def compute_and_output_dist(context: Any, arrived: Any) -> Any:
+        awaitable = look_up(context, arrived)
+        awaitable.callbacks.append(partial(_divide, divisor=context.divisor))
+        return awaitable
+
+    sharded.input_dist, sharded.compute_and_output_dist = input_dist, compute_and_output_dist
+
+
+def _divisor(sharded: Any, features: Any, feature_of: Mapping[str, str]) -> Tensor:
+    """Float ``[batch, columns of all outputs]``: bag lengths where a mean is due, else 1."""
+    lengths = features.lengths().view(-1, features.stride()).clamp_min(1).float()
+    place = {feature: i for i, feature in enumerate(features.keys())}
+    ones = torch.ones_like(lengths[0])
+    each = [
+        lengths[place[feature_of[output]]] if output in feature_of else ones
+        for output in sharded._embedding_names
+    ]
+    widths = torch.tensor(sharded._embedding_dims, device=lengths.device)
+    columns = sum(sharded._embedding_dims)
+    return torch.stack(each, dim=1).repeat_interleave(widths, dim=1, output_size=columns)
+
+
+def _divide(output: Any, divisor: Tensor) -> Any:
+    """The output with its columns divided."""
+    from torchrec import KeyedTensor
+
+    return KeyedTensor(
+        keys=output.keys(),
+        length_per_key=output.length_per_key(),
+        values=output.values() / divisor,
+    )
 
 
 def work_without_rows(

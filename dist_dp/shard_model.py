@@ -66,8 +66,9 @@ def shard_model(
 
     Raises:
         ConfigError: The sharding does not fit the model, or the world.
-        ModelError: The model has no TorchRec collection, one in two places, a table that is frozen
-            or not float32, or a dense part on the meta device.
+        ModelError: The model has no TorchRec collection, one in two places, a table that is frozen,
+            of a precision that is not served or a weighted mean, or a dense part on the meta
+            device.
     """
     from torchrec.distributed.comm_ops import set_gradient_division
     from torchrec.distributed.types import ShardingEnv
@@ -168,11 +169,21 @@ def _refuse_shared(model: nn.Module, collections: dict[str, nn.Module]) -> None:
                 seen.add(id(child))
 
 
-def _check_tables(path: str, collection: nn.Module, optimizer: TableOptimizer) -> None:
+def _check_tables(path: str, collection: Any, optimizer: TableOptimizer) -> None:
     """Refuses tables that the fused update would treat otherwise than they say."""
     weights = {name.split(".")[-2]: weight for name, weight in collection.named_parameters()}
+    weighted = hasattr(collection, "is_weighted") and collection.is_weighted()
     for config in table_configs(collection):
         weight = weights[config.name]
+        # PyTorch has no such lookup; TorchRec's kernels disagree on what it means, and so would
+        # the clip norm.
+        if weighted and config.pooling.name == "MEAN":
+            raise ModelError(
+                f"table '{path}.{config.name}' takes the mean of weighted bags (is_weighted=True "
+                "with PoolingType.MEAN), which is not supported: use PoolingType.SUM and divide "
+                "the id weights by the length of their bag, or build the collection with "
+                "is_weighted=False"
+            )
         if not weight.requires_grad:
             raise ModelError(
                 f"table '{path}.{config.name}' is frozen (requires_grad=False), but every table of "

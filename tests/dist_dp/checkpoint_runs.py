@@ -6,13 +6,13 @@ import os
 import signal
 import sys
 import zlib
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from functools import cached_property
 from pathlib import Path
 from typing import Any
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from dist_dp.accounting import GaussianEvent
 from dist_dp.checkpoint import CheckpointWriter, save_checkpoint
@@ -63,6 +63,11 @@ class Run(PrivacyEngine):
         return iter(self.loader)
 
 
+def adam(module: nn.Module) -> torch.optim.Optimizer:
+    """One group."""
+    return torch.optim.Adam(module.parameters(), lr=0.05, weight_decay=0.01)
+
+
 def go_on(
     home: Path,
     until: int = STEPS,
@@ -72,6 +77,9 @@ def go_on(
     save: bool = False,
     fixed: float = 1.0,
     dropout: float = 0.2,
+    optimizer: Callable[[nn.Module], torch.optim.Optimizer] = adam,
+    table_lr: float | None = 0.5,
+    falling: bool = True,
     **options: Any,
 ) -> Run:
     """Trains from the start, or from the checkpoint in ``home``, to a step.
@@ -87,6 +95,9 @@ def go_on(
         save: Save one at the end.
         fixed: Fills a buffer that nothing changes.
         dropout: Its rate; each rank draws for its own examples.
+        optimizer: Of all parameters; tables have SGD.
+        table_lr: The tables' learning rate at the start, where it is not their group's.
+        falling: Set every learning rate at each step.
         **options: Of the engine.
     """
     module = model(meta=False)
@@ -98,10 +109,10 @@ def go_on(
     made = Run(dataset="clicks", run_id="run", accountant=NoBudget(), **options)
     _, _, made.loader = made.make_private(
         module=module,
-        optimizer=torch.optim.Adam(module.parameters(), lr=0.05, weight_decay=0.01),
+        optimizer=optimizer(module),
         data_loader=data_loader(),
         table_optimizer=TableOptimizer("sgd"),
-        table_lr=0.5,
+        table_lr=table_lr,
         noise_multiplier=SIGMA,
         max_grad_norm=1.0,
         steps=STEPS,
@@ -112,7 +123,7 @@ def go_on(
         torch.manual_seed(5)
     writer = CheckpointWriter(made, saved) if every else None
     for step in range(made.parts.mechanism.schedule.step + 1, until + 1):
-        train_on(made, step, zero=zero)
+        train_on(made, step, zero=zero, falling=falling)
         if writer is not None and step % every == 0:
             writer.save()
     if writer is not None:
@@ -122,13 +133,13 @@ def go_on(
     return made
 
 
-def train_on(made: Run, until: int, *, zero: bool = False) -> None:
-    """Steps up to one, with the rate of each, and an evaluation after every third."""
+def train_on(made: Run, until: int, *, zero: bool = False, falling: bool = True) -> None:
+    """Steps up to one, with the rate of each if it is falling; after every third an evaluation."""
     module, optimizer, loader = made.parts.model, made.parts.optimizer, made.loader
     while loader.steps_drawn < until:
         batch = next(made.batches)
         step = loader.steps_drawn
-        for group in optimizer.param_groups:
+        for group in optimizer.param_groups if falling else ():
             group["lr"] = 0.5 / step
         loss = LOSSES(module(*batch.inputs), batch.labels)
         (loss * (0.0 if zero else 1.0)).backward()

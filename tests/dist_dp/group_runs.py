@@ -14,7 +14,7 @@ GROUPS: list[tuple[tuple[str, ...], float, float, float]] = [
     (("pooled.a", "top."), 0.5, 0.1, 0.0),
     (("bottom.",), 0.3, 0.05, 0.5),
     (("pooled.b", "weighted.v", "weighted.x", "sequence.s"), 0.2, 0.0, 0.9),
-    (("pooled.c", "weighted.w", "each."), 0.7, 0.2, 0.6),
+    (("pooled.c", "pooled.d", "weighted.w", "each."), 0.7, 0.2, 0.6),
 ]
 KINDS: dict[str, Any] = {
     "table_wise": "table_wise",

@@ -28,14 +28,14 @@ KINDS: dict[str, Any] = {
     "table_wise": "table_wise",
     "row_wise": "row_wise",
     "column_wise": "column_wise",
-    "table_row_wise": {t: "table_row_wise" for t in "abcvwx"} | {"s": "column_wise"},
-    "grid": {t: "grid" for t in "abcvwx"} | {"s": "row_wise"},
+    "table_row_wise": {t: "table_row_wise" for t in "abcdvwx"} | {"s": "column_wise"},
+    "grid": {t: "grid" for t in "abcdvwx"} | {"s": "row_wise"},
     "mixed": {
-        "a": "table_wise", "b": "grid", "c": "column_wise",
+        "a": "table_wise", "b": "grid", "c": "column_wise", "d": "row_wise",
         "v": "row_wise", "w": "column_wise", "x": "table_row_wise", "s": "data_parallel",
     },
     "mixed too": {
-        "a": "column_wise", "b": "row_wise", "c": "data_parallel",
+        "a": "column_wise", "b": "row_wise", "c": "data_parallel", "d": "table_wise",
         "v": "grid", "w": "table_wise", "x": "row_wise", "s": "table_wise",
     },
 }  # fmt: skip

@@ -248,7 +248,7 @@ def test_a_part_that_waits_keeps_its_gradients_and_no_values() -> None:
             break
         (cut,) = (c for c in private.cuts if c.path == "pooled")
         kept = [g.shape for back in cut._held for g in back.gradients]
-        columns = 4 * unsharded.DIM  # of the features f0, f1, f2 and f3
+        columns = 6 * unsharded.DIM  # f0, f1 of a; f2 of b; f3 of c; f0, f2 of d
         assert kept == [(rows, columns) for rows, _ in kept] and len(kept) == private.state.part + 1
         assert sum(rows for rows, _ in kept) <= 4 * len(kept)
         assert looked_up[-1]() is None

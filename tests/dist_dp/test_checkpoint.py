@@ -14,7 +14,7 @@ import pytest
 import torch
 from torch import Tensor, nn
 
-from dist_dp import checkpoint_storage, checkpoint_tensors
+from dist_dp import checkpoint_folder, checkpoint_storage, checkpoint_tensors
 from dist_dp.accountant import LocalAccountant
 from dist_dp.checkpoint import (
     CheckpointWriter,
@@ -171,6 +171,30 @@ def test_a_failed_save_keeps_the_older_one(tmp_path: Path, monkeypatch: pytest.M
     assert [p.name for p in (tmp_path / "checkpoint").iterdir()] == [folder.name]
 
 
+def test_a_disk_that_is_full_from_the_start_keeps_no_secret(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    made = go_on(tmp_path, 1, save=True)
+    home = tmp_path / "checkpoint"
+
+    def part(path: Path, content: bytes) -> None:
+        path.write_bytes(content[:7])
+        full()
+
+    with monkeypatch.context() as patch:
+        patch.setattr(checkpoint_folder, "write_private", part)
+        with pytest.raises(CheckpointError, match="disk is full"):
+            save_checkpoint(made, home)
+    assert [p.name for p in home.iterdir()] == ["save-000001"]
+    # Nor is it kept where the copy of the tables fails, in the background.
+    monkeypatch.setattr(checkpoint_tensors.Piece, "copied", lambda _: full())
+    writer = CheckpointWriter(made, home)
+    with pytest.raises(CheckpointError, match="disk is full"):
+        writer.save()
+    writer.close()
+    assert [p.name for p in home.iterdir()] == ["save-000001"]
+
+
 def full(*_: object) -> None:
     raise OSError(28, "No space left on device")
 
@@ -260,8 +284,19 @@ def test_only_whole_folders_count(tmp_path: Path, whole: dict[Any, Tensor]) -> N
         ("checkpoint.json", lambda raw: raw[:-9], "cannot be read"),
         (
             "checkpoint.json",
-            lambda raw: raw.replace(b'"format_version": 2', b'"format_version": 1'),
-            "format version 1, this package reads 2; go on with the package version",
+            lambda raw: raw.replace(b'"lr": 0.5', b'"lr": 0.9'),
+            "checkpoint.json' or 'secret' beside it is damaged",
+        ),
+        ("checkpoint.json", lambda raw: raw.replace(b'"seal"', b'"zeal"'), "is damaged"),
+        (
+            "secret",
+            lambda raw: bytes([raw[0] ^ 1]) + raw[1:],
+            "checkpoint.json' or 'secret' beside it is damaged",
+        ),
+        (
+            "checkpoint.json",
+            lambda raw: raw.replace(b'"format_version": 3', b'"format_version": 2'),
+            "format version 2, this package reads 3; go on with the package version",
         ),
     ],
 )
@@ -270,7 +305,9 @@ def test_damage_and_other_versions_are_refused(
 ) -> None:
     go_on(tmp_path, 1, save=True)
     path = find_checkpoint(tmp_path / "checkpoint") / file
-    path.write_bytes(change(path.read_bytes()))
+    content = path.read_bytes()
+    path.write_bytes(change(content))
+    assert path.read_bytes() != content
     with pytest.raises(CheckpointError, match=words):
         go_on(tmp_path)
 

@@ -8,7 +8,12 @@ import pytest
 import torch
 from scipy import stats
 from torch import Tensor, nn
-from torchrec import EmbeddingBagCollection, EmbeddingBagConfig, KeyedJaggedTensor
+from torchrec import (
+    EmbeddingBagCollection,
+    EmbeddingBagConfig,
+    KeyedJaggedTensor,
+    PoolingType,
+)
 from torchrec.modules.embedding_configs import DataType
 
 from dist_dp import kernels
@@ -289,6 +294,24 @@ def test_a_frozen_table() -> None:
     with pytest.raises(ModelError, match=r"'pooled\.b' is frozen.*unfreeze.*buffer"):
         build(model)
     assert untouched(model) and len(embedding_collections(model)) == 1
+
+
+@pytest.mark.parametrize("kind", ["table_wise", "row_wise"])
+def test_a_mean_of_weighted_bags(kind: str) -> None:
+    """Unsharded, PyTorch refuses it at the lookup; sharded, nobody would."""
+    tables = {"a": (7, ["f0"]), "b": (11, ["f1"])}
+    model = Small()
+    model.pooled = bags(tables, 8, {"b": PoolingType.MEAN}, weighted=True)
+    (features,) = data(weighted=True).sparse
+    with pytest.raises(NotImplementedError, match="per_sample_weights"):
+        model.pooled(features)
+    with pytest.raises(
+        ModelError, match=r"'pooled\.b' takes the mean of weighted.*PoolingType.SUM"
+    ):
+        build(model, kind=kind)
+    assert untouched(model)
+    model.pooled = bags(tables, 8, weighted=True)
+    build(model, kind=kind)
 
 
 @pytest.mark.parametrize("device", ["cpu", "meta"])

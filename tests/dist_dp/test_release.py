@@ -204,15 +204,20 @@ def test_a_terminal_has_a_bar_and_a_file_has_none() -> None:
 
 
 @pytest.mark.usefixtures("small_chunks")
-def test_training_meanwhile_is_refused(tmp_path: Path) -> None:
+def test_training_meanwhile_is_refused(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A step between two chunks, however far the thread that writes them is."""
     made = trained(tmp_path)
+    settle, calls = made.parts.mechanism.settle, iter(range(10**6))
 
-    def step(done: int, total: int) -> None:
-        if 0 < done < total and made.parts.mechanism.schedule.step == STEPS:
+    def beside_a_step(*args: Any) -> None:
+        settle(*args)
+        if next(calls) == 3:
             made.parts.mechanism.schedule.advance(0.5, 1.0, 1.0, 10.0)
 
+    monkeypatch.setattr(made.parts.mechanism, "settle", beside_a_step)
     with pytest.raises(ReleaseError, match="trained while it was being released"):
-        made.release(tmp_path / "model", progress=step)
+        made.release(tmp_path / "model")
+    monkeypatch.undo()
     assert not [p for p in tmp_path.iterdir() if p.is_dir()]
     assert_nothing_leaves(made, tmp_path)
 

@@ -175,7 +175,7 @@ def test_the_planner_fills_up_around_what_is_named() -> None:
     planned = plan({"a": "grid", "b": "table_row_wise"}, 4, 2)
     kinds = {t: p.sharding_type for collection in planned.values() for t, p in collection.items()}
     assert kinds["a"] == "grid_shard" and kinds["b"] == "table_row_wise"
-    assert {kinds[t] for t in "cvwxs"} <= {"table_wise", "row_wise"}
+    assert {kinds[t] for t in "cdvwxs"} <= {"table_wise", "row_wise"}
 
 
 def test_host_wise_tables_go_where_least_lies() -> None:

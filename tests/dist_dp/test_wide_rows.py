@@ -26,11 +26,12 @@ from dist_dp.noise_schedule import NoiseSchedule
 from dist_dp.released import Release
 from dist_dp.row_gradients import apply_to_state
 from dist_dp.shard_model import _check_tables
-from dist_dp.sharding import TableOptimizer, table_configs
+from dist_dp.sharding import TableOptimizer, embedding_collections, table_configs
 from dist_dp.table_shard import TableShard
 from dist_dp.wide_rows import HALF_DTYPES, join, read_rows, split, write_rows
+from tests.dist_dp import sharding_runs, unsharded
 from tests.dist_dp.gradients import build, unsharded_name
-from tests.dist_dp.placement import LOSSES, RECORDS, loader_of, model, records
+from tests.dist_dp.placement import model
 from tests.dist_dp.test_engine import train
 from tests.dist_dp.worlds import run_world
 
@@ -193,30 +194,37 @@ def test_rounding_before_the_noise_is_caught(fault: Any, dtype: torch.dtype) -> 
 def halve(whole: Any, data_type: str) -> None:
     """Makes the tables of the model half precision, as if they had been built so."""
     dtype = {"BF16": torch.bfloat16, "FP16": torch.float16}[data_type]
-    for collection in (whole.pooled, whole.sequence):
+    for collection in embedding_collections(whole).values():
         for config in table_configs(collection):
             config.data_type = DataType[data_type]
         for parameter in collection.parameters():
             parameter.data = parameter.data.to(dtype)
 
 
-def half_run(dtype: str, kind: Any, mechanism: str, momentum: float) -> dict[str, Any]:
-    """Float32 values of all table pieces after a short private run of a model."""
-    whole = model(meta=False)
+def half_run(dtype: str, kind: str, mechanism: str, momentum: float) -> dict[str, Any]:
+    """Float32 values of all table pieces after a short private run of a model of all lookups.
+
+    Args:
+        dtype: TorchRec's name of the tables' type.
+        kind: One of :data:`sharding_runs.KINDS`.
+        mechanism: The noise mechanism.
+        momentum: Of SGD.
+    """
+    whole = unsharded.model()
     if dtype != "FP32":
         halve(whole, dtype)
     private = build(
         whole,
-        kind=kind,
+        kind=sharding_runs.KINDS[kind],
         clip=0.5,
         sigma=0.0 if mechanism == "none" else 0.8,
         mechanism=mechanism,
         optimizer=torch.optim.SGD(whole.parameters(), lr=0.5, weight_decay=0.1, momentum=momentum),
-        expected=0.3 * RECORDS,
+        expected=unsharded.EXPECTED,
     )
-    for batch in loader_of(private, records(), 5):
+    for batch in sharding_runs.loader_of(private, 5):
         private.optimizer.zero_grad()
-        LOSSES(whole(*batch.inputs), batch.labels).backward()
+        unsharded.LOSSES(whole(*batch.inputs), batch.labels).backward()
         private.optimizer.step()
     private.settle()
     assert all((s.low is None) == (dtype == "FP32") for s in private.shards)
@@ -261,22 +269,48 @@ def test_runs_stay_by_float32_runs(dtype: str, kind: str, mechanism: str, moment
     assert_close(found, reference(mechanism, momentum))
 
 
+TWO_WORKERS = (
+    ("mixed", 0.9),
+    ("data_parallel", 0.9),
+    ("grid", 0.0),
+    ("table_row_wise", 0.9),
+)
+"""(Kind, momentum)."""
+
+
 def two_workers() -> list[dict[Any, Tensor]]:
-    mixed = {"a": "row_wise", "b": "column_wise", "s": "table_wise"}
-    return [half_run("BF16", kind, "lazydp", 0.9) for kind in (mixed, "data_parallel")]
+    return [half_run("BF16", kind, "lazydp", momentum) for kind, momentum in TWO_WORKERS]
 
 
 def test_two_workers_are_one_worker() -> None:
     """Placement changes nothing but the order of sums: far below bfloat16's last place."""
-    (alone,) = run_world(half_run, 1, "BF16", "table_wise", "lazydp", 0.9)
-    wanted = {name: table for (name, _, _), table in alone.items()}
     ranks = run_world(two_workers, 2)
-    for case in range(2):
+    for case, (_, momentum) in enumerate(TWO_WORKERS):
+        (alone,) = run_world(half_run, 1, "BF16", "table_wise", "lazydp", momentum)
+        wanted = {name: table for (name, _, _), table in alone.items()}
         assert_close([r[case] for r in ranks], wanted)
         for found in (r[case] for r in ranks):
             for (name, row, column), piece in found.items():
                 part = wanted[name][row : row + piece.shape[0], column : column + piece.shape[1]]
                 assert float((piece - part).abs().median()) < 1e-6
+
+
+@pytest.mark.parametrize("dtype", HALF_DTYPES)
+@pytest.mark.parametrize("kind", ["table_wise", "row_wise", "data_parallel"])
+def test_weighted_bags_of_half_rows(kind: str, dtype: torch.dtype) -> None:
+    """A lookup gives the weighted sum of the rounded rows, in float32 (float16: rounded once)."""
+    run_world(int, 1)
+    whole = unsharded.model()
+    halve(whole, "FP16" if dtype == torch.float16 else "BF16")
+    features = unsharded.records().sparse[1]
+    exact = unsharded.model().weighted
+    for name, table in exact.embedding_bags.items():
+        table.weight.data = whole.weighted.embedding_bags[name].weight.detach().float()
+    build(whole, kind=kind)
+    whole.eval()
+    found, wanted = whole.weighted(features).values(), exact(features).values().detach()
+    assert found.dtype == torch.float32
+    torch.testing.assert_close(found, wanted, rtol=1e-3, atol=1e-3)
 
 
 @pytest.mark.parametrize(("data_type", "momentum"), [("FP16", 0.0), ("BF16", 0.9)])

@@ -1,8 +1,9 @@
 """DP-SGD with lazy noise on an unsharded model, one example at a time: what placements must equal.
 
-The model has every kind of lookup: two features on one table, sum and mean pooling, weighted
-bags, two widths, sequences, three collections. Rows are few, so that workers are left with one or
-none: in all tables of a kernel, in its first and in its last.
+The model has every kind of lookup: two features on one table, one feature in two tables (two sums;
+a sum and a mean), sum and mean pooling, weighted bags, two widths, sequences, three collections.
+Rows are few, so that workers are left with one or none: in all tables of a kernel, in its first and
+in its last.
 """
 
 from __future__ import annotations
@@ -33,6 +34,7 @@ TABLES = {
     "pooled.a": (13, ["f0", "f1"]),
     "pooled.b": (9, ["f2"]),
     "pooled.c": (8, ["f3"]),
+    "pooled.d": (13, ["f0", "f2"]),
     "weighted.v": (5, ["g2"]),
     "weighted.w": (7, ["g0", "g1"]),
     "weighted.x": (6, ["g3"]),
@@ -47,7 +49,7 @@ class Everything(nn.Module):
         super().__init__()
         tables = {name.split(".")[1]: given for name, given in TABLES.items()}
         self.pooled = bags(
-            {n: tables[n] for n in "abc"}, DIM, dict.fromkeys("bc", PoolingType.MEAN)
+            {n: tables[n] for n in "abcd"}, DIM, dict.fromkeys("bc", PoolingType.MEAN)
         )
         self.weighted = bags({n: tables[n] for n in "vwx"}, DIM, weighted=True, wide=("v",))
         self.sequence = EmbeddingCollection(
@@ -60,7 +62,7 @@ class Everything(nn.Module):
         )
         self.bottom = nn.Sequential(nn.Linear(DENSE, 6), nn.ReLU())
         self.each = nn.Linear(DIM, 4)
-        self.top = nn.Sequential(nn.Linear(9 * DIM + 6 + 4, 8), nn.Tanh(), nn.Linear(8, 1))
+        self.top = nn.Sequential(nn.Linear(11 * DIM + 6 + 4, 8), nn.Tanh(), nn.Linear(8, 1))
 
     def forward(
         self,
@@ -89,12 +91,11 @@ def records() -> Clicks:
     g = torch.Generator().manual_seed(32)
     sparse = []
     for collection in ("pooled", "weighted", "sequence"):
-        rows = {
-            f: count
-            for name, (count, features) in TABLES.items()
-            if name.startswith(collection)
-            for f in features
-        }
+        rows: dict[str, int] = {}
+        for name, (count, features) in TABLES.items():
+            if name.startswith(collection):
+                # An id of a feature in two tables is a row of both.
+                rows.update({f: min(count, rows.get(f, count)) for f in features})
         sparse.append(random_bags(rows, RECORDS, g, weighted=collection == "weighted"))
     labels = torch.randint(0, 2, (RECORDS,), generator=g).float()
     return Clicks(torch.randn(RECORDS, DENSE, generator=g), tuple(sparse), labels)

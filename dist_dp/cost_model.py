@@ -43,7 +43,7 @@ class MachineRates:
         settle_normals_per_second: Normals drawn and added to rows in random order.
         stream_normals_per_second: Normals drawn and added to a whole table.
         rounds: ChaCha rounds of the two rates above.
-        torch_normals_per_second: ``torch.normal`` into a tensor, then added; one thread.
+        torch_normals_per_second: ``torch.normal`` into a new tensor, then added; one thread.
         step_seconds: By mechanism: what a step costs whatever its size.
         table_seconds: By mechanism: what each local piece of a table adds to it.
         worker_seconds: What a step costs beyond that with more than one worker, messages aside.

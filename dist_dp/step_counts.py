@@ -53,7 +53,7 @@ class Work:
         settle_normals: Normals drawn for them.
         stream_normals: Normals drawn by our kernels in a pass over all rows, or over dense
             gradients.
-        torch_normals: Normals drawn by torch's generator into a tensor, then added.
+        torch_normals: Normals drawn by torch's generator into a new tensor, then added.
         stream_bytes: Read and written by passes over whole tables; told, and timed with the
             normals that they are made for.
         all_to_all_bytes: Sent to other workers by exchanges of ids, pooled rows and gradients.
@@ -372,10 +372,8 @@ def _noise(w: Workload) -> Work:
     if w.mechanism == "dpsgd":
         work += Work(stream_normals=weights, stream_bytes=2 * FLOAT * weights)
     elif w.mechanism == "dpsgd-torch":
-        # written with the noise, read again, and the table read and written
+        # written with the noise (new memory), read again, and the table read and written
         work += Work(torch_normals=weights, stream_bytes=4 * FLOAT * weights)
-        sizes = (_fresh(FLOAT * s.rows * s.columns) for s in w.shards)
-        work += sum(sizes, start=Work())
     elif w.mechanism == "eana":
         settled = _settled(w)
         work += Work(settle_rows=settled.settle_rows, settle_normals=settled.settle_normals)

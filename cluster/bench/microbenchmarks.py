@@ -32,8 +32,7 @@ TABLES = 8
 TABLE_NUMBERS = 1 << 26
 """Weights of each table: 256 MiB, 2 GiB all together.
 
-Far beyond what the processor's translation buffers reach, as tables are: at a quarter of that, a
-row at random costs half as much.
+Far beyond what the processor's translation buffers reach, as tables are.
 """
 WIDE, NARROW = 128, 32
 """Columns at which random rows are timed: two, to tell what a row costs from what a byte costs."""
@@ -225,14 +224,13 @@ class Tables:
     def torch_stream(self) -> float:
         """Normals a second by ``torch.normal`` into a tensor that is then added to a table.
 
-        Into memory that is kept, of a table's size: what new memory costs is measured by
-        :func:`fresh_rate`.
+        The tensor is new and of a table's size, as there: its one thread also takes the memory
+        over from the system, page by page.
         """
         weight = self.weights[0]
-        noise = torch.zeros_like(weight)
 
         def run() -> None:
-            weight.add_(torch.normal(0.0, 1e-6, weight.shape, out=noise))
+            weight.add_(torch.normal(0.0, 1e-6, weight.shape))
 
         return weight.numel() / seconds(run, repeats=3)
 

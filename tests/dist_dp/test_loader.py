@@ -69,6 +69,7 @@ def test_batches_are_the_samples_padded() -> None:
         assert state.batch_size == len(wanted)
         assert batch[: len(wanted)].tolist() == wanted.tolist()
         assert state.take(len(batch)).sum() == len(wanted)
+        state.finish()
     assert made.steps_drawn == 6
 
 
@@ -79,6 +80,7 @@ def test_an_empty_sample_is_a_step_of_padding() -> None:
         sizes.append(state.batch_size)
         assert len(batch) == max(1, state.batch_size)
         assert int(state.take(len(batch)).sum()) == state.batch_size
+        state.finish()
     assert len(sizes) == 20 and 0 in sizes
 
 
@@ -106,6 +108,7 @@ def test_the_charge_comes_before_the_draw() -> None:
     for step, batch in enumerate(made, start=1):
         order.append(f"draw {step}")
         state.take(len(batch))
+        state.finish()
     assert order == [
         *("charge 1..2", "draw 1", "draw 2"),
         *("charge 3..4", "draw 3", "draw 4"),
@@ -122,6 +125,7 @@ def test_what_never_began_is_given_back() -> None:
     made, state, accountant = loader(lease=5)
     for batch in made:
         state.take(len(batch))
+        state.finish()
         if state.step == 2:
             made.stop()
     assert accountant.calls == [("reserve", 1, 5), ("settle", "lease-1", 2)]
@@ -134,6 +138,7 @@ def test_a_loop_that_ends_early_keeps_the_ledger_right(how: str) -> None:
     def train() -> None:
         for batch in made:
             state.take(len(batch))
+            state.finish()
             if state.step == 3:
                 if how == "break":
                     break
@@ -152,6 +157,7 @@ def test_a_loop_that_ends_early_keeps_the_ledger_right(how: str) -> None:
     for batch in made:
         steps.append(state.step)
         state.take(len(batch))
+        state.finish()
     assert steps == [4, 5, 6]
 
 
@@ -160,6 +166,7 @@ def test_a_used_up_budget_ends_the_iteration() -> None:
     drawn = 0
     for batch in made:
         state.take(len(batch))
+        state.finish()
         drawn += 1
     assert drawn == 4
     assert made.leases.refusal == "the budget of data set 'clicks' is used up"

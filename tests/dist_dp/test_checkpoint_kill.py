@@ -124,5 +124,6 @@ def test_killed_before_every_operation(
         # Of the many chunks of a file every tenth; the third save is as the second.
         if done != 2 and (operations[number] != "chunk" or number % 10 == 0):
             home = tmp_path / str(number)
+            home.mkdir()  # as in `operations`: making it would count as an operation more
             went_on_from.append(kill_and_go_on(home, number, done, whole))
-    assert {None, 2, 4, 6, 8} <= {*went_on_from}
+    assert {*went_on_from} == {None, 2, 6, 8}

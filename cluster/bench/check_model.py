@@ -7,7 +7,7 @@ import sys
 from collections.abc import Iterator
 from dataclasses import dataclass, fields
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
 from dist_dp.cluster.bench.settings import SKEWS, StepSettings
 from dist_dp.cost_model import MachineRates, predict
@@ -69,13 +69,13 @@ def compare(result: dict[str, Any], rates: MachineRates) -> list[Comparison]:
 def _compare(point: dict[str, Any], rates: MachineRates) -> Iterator[Comparison]:
     from dist_dp.cluster.bench.model import build_models
     from dist_dp.cluster.workload import dense_shape, planned_tables, slowest, workloads
-    from dist_dp.sharding import TableOptimizer
+    from dist_dp.sharding import ShardingKind, TableOptimizer
 
     settings = settings_of(point["settings"])
     model, _ = build_models(settings)
     tables = planned_tables(
         model,
-        settings.sharding or settings.kind,  # type: ignore[arg-type]
+        cast(ShardingKind, settings.kind),
         workers=settings.workers,
         device_type="cpu",
         batch_size=settings.batch // settings.workers,

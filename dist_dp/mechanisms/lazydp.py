@@ -10,12 +10,13 @@ a look-ahead queue, and a release always settles every row.
 from __future__ import annotations
 
 from collections.abc import Iterable, Sequence
+from functools import cached_property
 
 import torch
 from torch import Tensor
 
 from dist_dp import kernels
-from dist_dp.mechanisms.base import Mechanism, Read, Schedule
+from dist_dp.mechanisms.base import Mechanism, Read
 from dist_dp.mechanisms.row_states import TableSets, has_own_state, settle_range, settle_stale
 from dist_dp.table_shard import TableShard, settled
 
@@ -45,15 +46,9 @@ class LazyDP(Mechanism):
     private = True
     table_optimizers = frozenset({"sgd"})
 
-    def __init__(
-        self,
-        schedules: Schedule | Sequence[Schedule],
-        *,
-        grid: float | None = None,
-        rounds: int = 20,
-    ) -> None:
-        super().__init__(schedules, grid=grid, rounds=rounds)
-        self._sets = TableSets()
+    @cached_property
+    def _sets(self) -> TableSets:
+        return TableSets()
 
     def prepare(self, shard: TableShard) -> None:
         """The history table: 4 bytes a row."""

@@ -3,12 +3,13 @@
 from __future__ import annotations
 
 from collections.abc import Iterable, Sequence
+from functools import cached_property
 
 import torch
 from torch import Tensor
 
 from dist_dp import kernels
-from dist_dp.mechanisms.base import Mechanism, Read, Schedule
+from dist_dp.mechanisms.base import Mechanism, Read
 from dist_dp.mechanisms.row_states import TableSets, has_own_state, settle_range, settle_stale
 from dist_dp.table_shard import TableShard
 
@@ -20,15 +21,9 @@ class NoMechanism(Mechanism):
     private = False
     table_optimizers = frozenset({"sgd", "adagrad", "rowwise_adagrad"})
 
-    def __init__(
-        self,
-        schedules: Schedule | Sequence[Schedule],
-        *,
-        grid: float | None = None,
-        rounds: int = 20,
-    ) -> None:
-        super().__init__(schedules, grid=grid, rounds=rounds)
-        self._sets = TableSets()
+    @cached_property
+    def _sets(self) -> TableSets:
+        return TableSets()
 
     def before_lookup(self, reads: Sequence[Read], *, training: bool = True) -> None:
         """Applies the decay that waits."""

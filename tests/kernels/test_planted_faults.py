@@ -8,51 +8,21 @@ named with it.
 
 from __future__ import annotations
 
-import functools
-import importlib.util
-import os
-import shlex
 import shutil
-import subprocess
-from dataclasses import dataclass
 from pathlib import Path
-from types import ModuleType
 
 import pytest
 
 from dist_dp import kernels
-from dist_dp.kernels import dispatch, draws, native
+from dist_dp.kernels import draws
+from tests.kernels.planted import Fault, compiled, imported, use, with_fault
 from tests.kernels.sample import Generator, Sample
 from tests.kernels.statistics import CHECKS, rejected
 
-ROOT = Path(__file__).resolve().parents[2]
-SOURCES = ROOT / "kernels" / "native"
-COMPILER = shlex.split(os.environ.get("CXX", "g++"))
 TILES = 16
 """2.5 * 10^7 draws."""
 
-QUICKLY = "-O1"
-
 pytestmark = pytest.mark.slow
-
-
-@dataclass(frozen=True)
-class Fault:
-    """One change of text, and the checks that must notice it."""
-
-    file: str
-    old: str
-    new: str
-    caught_by: tuple[str, ...]
-
-    def plant(self, folder: Path) -> Path:
-        """Change the copy in `folder`."""
-        path = folder / self.file
-        text = path.read_text(encoding="utf-8")
-        assert text.count(self.old) == 1, f"{self.old!r} is not there once in {self.file}"
-        path.write_text(text.replace(self.old, self.new), encoding="utf-8")
-        return path
-
 
 STEPS = "load(batch.from), to};"
 BOTH = "bit_xor(load(batch.from), to)"
@@ -153,36 +123,9 @@ PYTHON = {
 }
 
 
-def imported(path: Path) -> ModuleType:
-    """A Python file as a module of its own."""
-    spec = importlib.util.spec_from_file_location(f"copy_of_{path.stem}", path)
-    assert spec is not None and spec.loader is not None
-    module = importlib.util.module_from_spec(spec)
-    spec.loader.exec_module(module)
-    return module
-
-
 @pytest.fixture(scope="module")
-def setup() -> ModuleType:
-    return imported(ROOT / "setup.py")
-
-
-@pytest.fixture(scope="module")
-def copy(setup: ModuleType, tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """A folder with the unchanged sources compiled quickly: objects/*.o and library.so."""
-    if shutil.which(COMPILER[0]) is None:
-        pytest.skip(f"there is no C++ compiler {COMPILER[0]} (CXX= names another)")
-    folder = tmp_path_factory.mktemp("copy")
-    shutil.copytree(SOURCES, folder / "sources")
-    setup.compile_library(folder / "library.so", folder / "objects", (QUICKLY,), folder / "sources")
-    return folder
-
-
-def use(library: Path, monkeypatch: pytest.MonkeyPatch) -> Generator:
-    """The face on top of another library, with the best instructions there are."""
-    monkeypatch.delenv(dispatch.VARIABLE, raising=False)
-    monkeypatch.setattr(native, "library", functools.partial(native.library, library))
-    return kernels
+def unchanged(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return compiled(tmp_path_factory.mktemp("unchanged"))
 
 
 def verdicts(generator: Generator, names: tuple[str, ...]) -> dict[str, bool]:
@@ -191,33 +134,18 @@ def verdicts(generator: Generator, names: tuple[str, ...]) -> dict[str, bool]:
     return {name: bool(rejected(name, sample)) for name in names}
 
 
-def test_unchanged_copy_passes(copy: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    assert verdicts(use(copy / "library.so", monkeypatch), tuple(CHECKS)) == dict.fromkeys(
-        CHECKS, False
-    )
+def test_unchanged_copy_passes(unchanged: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    use(unchanged / "library.so", monkeypatch)
+    assert verdicts(kernels, tuple(CHECKS)) == dict.fromkeys(CHECKS, False)
 
 
 @pytest.mark.parametrize("name", COMPILED)
 def test_compiled(
-    name: str, copy: Path, setup: ModuleType, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    name: str, unchanged: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     fault = COMPILED[name]
-    shutil.copytree(SOURCES, tmp_path / "sources")
-    fault.plant(tmp_path / "sources")
-    # the sources for other instructions are not used here: their objects are taken as they are
-    use(copy / "library.so", monkeypatch)
-    changed = f"rows_{native.isas()[-1]}.cpp"
-    objects = {part: str(copy / "objects" / f"{part}.o") for part in setup.WITH_FLAGS}
-    objects[changed] = str(tmp_path / "changed.o")
-    flags = [*setup.FLAGS, *setup.WITH_FLAGS[changed], QUICKLY]
-    source = str(tmp_path / "sources" / changed)
-    subprocess.run([*COMPILER, *flags, "-c", source, "-o", objects[changed]], check=True)
-    library = tmp_path / "library.so"
-    link = [*COMPILER, "-shared", "-pthread", *objects.values(), "-o", str(library)]
-    subprocess.run(link, check=True)
-    monkeypatch.undo()
-    generator = use(library, monkeypatch)
-    assert verdicts(generator, fault.caught_by) == dict.fromkeys(fault.caught_by, True)
+    use(with_fault(fault, unchanged, tmp_path), monkeypatch)
+    assert verdicts(kernels, fault.caught_by) == dict.fromkeys(fault.caught_by, True)
 
 
 @pytest.mark.parametrize("name", PYTHON)

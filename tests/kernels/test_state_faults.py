@@ -2,19 +2,12 @@
 
 from __future__ import annotations
 
-import functools
-import shutil
-import subprocess
 from pathlib import Path
-from typing import Any
 
 import pytest
 
-from dist_dp.kernels import dispatch, native
+from tests.kernels.planted import Fault, compiled, use, with_fault
 from tests.kernels.state_shards import lists_are_right, ranges_are_right
-from tests.kernels.test_planted_faults import COMPILER, QUICKLY, SOURCES, Fault, imported
-
-SETUP: Any = imported(Path(__file__).resolve().parents[2] / "setup.py")
 
 FAULTS = {
     "z_2 is z_1": Fault(
@@ -70,36 +63,18 @@ FAULTS = {
 
 
 @pytest.fixture(scope="module")
-def objects(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """The sources compiled one by one, without a fault."""
-    if shutil.which(COMPILER[0]) is None:
-        pytest.skip(f"there is no C++ compiler {COMPILER[0]} (CXX= names another)")
-    folder = tmp_path_factory.mktemp("objects")
-    SETUP.compile_library(folder / "library.so", folder, (QUICKLY,), SOURCES)
-    return folder
+def unchanged(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return compiled(tmp_path_factory.mktemp("unchanged"))
 
 
 @pytest.mark.slow
 @pytest.mark.parametrize("name", [None, *FAULTS])
 def test_planted(
-    name: str | None, objects: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    name: str | None, unchanged: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    parts = {part: str(objects / f"{part}.o") for part in SETUP.WITH_FLAGS}
-    caught_by: tuple[str, ...] = ()
+    library, caught_by = unchanged / "library.so", tuple[str, ...]()
     if name is not None:
-        fault = FAULTS[name]
-        caught_by = fault.caught_by
-        shutil.copytree(SOURCES, tmp_path / "sources")
-        fault.plant(tmp_path / "sources")
-        changed = f"rows_{native.isas()[-1]}.cpp"
-        source = str(tmp_path / "sources" / changed)
-        parts[changed] = str(tmp_path / "changed.o")
-        flags = [*SETUP.FLAGS, *SETUP.WITH_FLAGS[changed], QUICKLY]
-        subprocess.run([*COMPILER, *flags, "-c", source, "-o", parts[changed]], check=True)
-    library = tmp_path / "library.so"
-    link = [*COMPILER, "-shared", "-pthread", *parts.values(), "-o", str(library)]
-    subprocess.run(link, check=True)
-    monkeypatch.delenv(dispatch.VARIABLE, raising=False)
-    monkeypatch.setattr(native, "library", functools.partial(native.library, library))
+        library, caught_by = with_fault(FAULTS[name], unchanged, tmp_path), FAULTS[name].caught_by
+    use(library, monkeypatch)
     found = {"lists": lists_are_right(), "ranges": ranges_are_right()}
     assert found == {check: check not in caught_by for check in found}

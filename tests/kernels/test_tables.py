@@ -2,11 +2,7 @@
 
 from __future__ import annotations
 
-import functools
-import shutil
-import subprocess
 from pathlib import Path
-from typing import Any
 
 import pytest
 import torch
@@ -14,10 +10,8 @@ from torch import Tensor
 
 from dist_dp import kernels
 from dist_dp.kernels import dispatch, native
-from tests.kernels.test_planted_faults import COMPILER, QUICKLY, SOURCES, Fault, imported
+from tests.kernels.planted import Fault, compiled, use, with_fault
 
-ROOT = Path(__file__).resolve().parents[2]
-SETUP: Any = imported(ROOT / "setup.py")
 SIZES = (7, 200, 1)
 COLUMNS = 21
 KEYS = [bytes([i]) * 32 for i in range(3)]
@@ -279,35 +273,19 @@ FAULTS = {
 
 
 @pytest.fixture(scope="module")
-def objects(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """The sources compiled one by one, without a fault."""
-    if shutil.which(COMPILER[0]) is None:
-        pytest.skip(f"there is no C++ compiler {COMPILER[0]} (CXX= names another)")
-    folder = tmp_path_factory.mktemp("objects")
-    SETUP.compile_library(folder / "library.so", folder, (QUICKLY,), SOURCES)
-    return folder
+def unchanged(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return compiled(tmp_path_factory.mktemp("unchanged"))
 
 
 @pytest.mark.slow
 @pytest.mark.parametrize("name", [None, *FAULTS])
 def test_planted(
-    name: str | None, objects: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    name: str | None, unchanged: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    parts = {part: str(objects / f"{part}.o") for part in SETUP.WITH_FLAGS}
-    caught_by: tuple[str, ...] = ()
+    library, caught_by = unchanged / "library.so", tuple[str, ...]()
     if name is not None:
-        fault = FAULTS[name]
-        caught_by = fault.caught_by
-        shutil.copytree(SOURCES, tmp_path / "sources")
-        source = str(fault.plant(tmp_path / "sources"))
-        parts[fault.file] = str(tmp_path / "changed.o")
-        flags = [*SETUP.FLAGS, QUICKLY]
-        subprocess.run([*COMPILER, *flags, "-c", source, "-o", parts[fault.file]], check=True)
-    library = tmp_path / "library.so"
-    subprocess.run(
-        [*COMPILER, "-shared", "-pthread", *parts.values(), "-o", str(library)], check=True
-    )
-    monkeypatch.setattr(native, "library", functools.partial(native.library, library))
+        library, caught_by = with_fault(FAULTS[name], unchanged, tmp_path), FAULTS[name].caught_by
+    use(library, monkeypatch)
     found = {
         "rows": is_right(torch.float32, torch.int64),
         "repeats": repeats_are_right(90, True) and repeats_are_right(90, False),

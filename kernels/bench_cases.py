@@ -205,7 +205,7 @@ class Table:
     """A table on any device, with lists of rows to settle in it.
 
     Each row has steps and factors of its own, as in training. Lists hold random rows in random
-    order, or `ordered` in ascending order, as training's own lists are.
+    order, or `ordered` in ascending order.
     """
 
     def __init__(self, memory: torch.Tensor, dimension: int, ordered: bool = False) -> None:

@@ -1,6 +1,6 @@
 """Rows of the benchmark for tables with a momentum or of half precision.
 
-Each case settles an ascending list of rows, as a lookup does; the plain float32 table is among
+Each case settles an ascending list of rows; the plain float32 table is among
 them. Speed counts a weight as the 8 bytes that a plain table reads and writes, whatever the rows
 hold, so that the rows can be compared.
 """

@@ -125,8 +125,8 @@ class CutEmbeddings(nn.Module):
             fused.set_learning_rate(self._bound_rate)
         cutting = self.training and torch.is_grad_enabled()
         # Outside training nothing may flow back: the fused update would take it unclipped.
-        # What is saved for the way back is kept as it is: FBGEMM saves the weights, which other
-        # micro-batches' updates will change before, but reads ids and gradients only.
+        # What is saved for the way back is kept as it is: FBGEMM saves the weights, which settling
+        # and other micro-batches' updates change before, but reads ids and gradients only.
         with torch.set_grad_enabled(cutting), saved_tensors_hooks(_itself, _itself):
             output = self._in_order(self._look_up(features))
         if not cutting:

@@ -86,7 +86,6 @@ class StateTableSet(ShardSet):
         owed: Sequence[Owed],
         rounds: int = 20,
         grid: float | None = None,
-        note: bool = True,
     ) -> None:
         """In place: the rows found make the moves they owe.
 
@@ -100,7 +99,6 @@ class StateTableSet(ShardSet):
                 momentum (see `state_reference.move`), else decay [k] and standard deviation [k].
             rounds: ChaCha rounds.
             grid: as for `settle_rows`, for the tables without a state.
-            note: as for `TableSet.settle`.
 
         Raises:
             ValueError: a number is out of range, or a shape; nothing is settled then.
@@ -124,8 +122,7 @@ class StateTableSet(ShardSet):
             self._tables, self._states, stale.rows, stale.from_steps, stale.counts, end, given,
             checks.rounds(rounds), spacing, isa=self._isa(),
         )  # fmt: skip
-        if note:
-            increment_version(self._weights)
+        increment_version(self._weights)
 
     def _isa(self) -> str:
         return _isa_for(self._weights[0].device if self.compiled else None)

@@ -167,7 +167,6 @@ class TableSet(ShardSet):
         scale: torch.Tensor,
         rounds: int = 20,
         grid: float | None = None,
-        note: bool = True,
     ) -> None:
         """In place: weight[r] <- decay * weight[r] + scale * z for the rows found.
 
@@ -180,8 +179,6 @@ class TableSet(ShardSet):
             scale: float64 [k], the standard deviation to add.
             rounds: ChaCha rounds.
             grid: as for `settle_rows`.
-            note: tell autograd that the weights changed. Without, a graph that saved a weight for
-                its backward can still use it: right only if it looked up other rows.
         """
         end = checks.integer(to_step, "to_step", 0, checks.MAX_STEP)
         if decay.shape != stale.rows.shape or scale.shape != stale.rows.shape:
@@ -193,8 +190,7 @@ class TableSet(ShardSet):
                 checks.rounds(rounds), checks.spacing(grid, self._weights[0].dtype),
                 isa=dispatch.chosen_isa(),
             )  # fmt: skip
-            if note:
-                increment_version(self._weights)
+            increment_version(self._weights)
             return
         sizes = stale.counts.tolist()
         columns = (stale.rows, stale.from_steps, decay, scale)

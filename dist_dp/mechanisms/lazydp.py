@@ -88,9 +88,8 @@ class LazyDP(Mechanism):
         tables = self._sets.of(shards)
         with settled(shards):
             stale = tables.take_stale([rows for _, rows in reads], step, older_than=older_than)
-            # Not noted: stale rows are in no graph of this step, a lookup would have settled them.
             if isinstance(tables, kernels.StateTableSet):
-                settle_stale(tables, shards, stale, self.schedules, self.rounds, note=False)
+                settle_stale(tables, shards, stale, self.schedules, self.rounds)
                 return
             assert isinstance(tables, kernels.TableSet)
             decay, scale = self._owed(shards, stale)
@@ -101,7 +100,6 @@ class LazyDP(Mechanism):
                 scale=scale,
                 rounds=self.rounds,
                 grid=grid,
-                note=False,
             )
 
     def _owed(self, shards: list[TableShard], stale: kernels.Stale) -> tuple[Tensor, Tensor]:

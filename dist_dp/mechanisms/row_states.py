@@ -88,8 +88,6 @@ def settle_stale(
     stale: kernels.Stale,
     schedules: Sequence[Schedule],
     rounds: int,
-    *,
-    note: bool = True,
 ) -> None:
     """Brings the stale rows of a lookup, marked already, up to the last step recorded.
 
@@ -99,7 +97,6 @@ def settle_stale(
         stale: What :meth:`~dist_dp.kernels.StateTableSet.take_stale` found.
         schedules: By optimizer group.
         rounds: ChaCha rounds.
-        note: Tell autograd that the weights changed.
     """
     counts = stale.counts.tolist()
     if len(schedules) == 1:
@@ -110,7 +107,7 @@ def settle_stale(
         debts = [owed(schedules[s.group], f) for s, f in zip(shards, from_steps, strict=True)]
     step = schedules[0].step
     if tables.compiled:
-        tables.settle(stale, to_step=step, owed=debts, rounds=rounds, note=note)
+        tables.settle(stale, to_step=step, owed=debts, rounds=rounds)
         return
     parts = (stale.rows.split(counts), stale.from_steps.split(counts))
     for shard, rows, from_steps, debt in zip(shards, *parts, debts, strict=True):

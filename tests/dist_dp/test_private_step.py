@@ -409,3 +409,50 @@ def test_a_gradient_that_is_not_finite_stops_every_rank() -> None:
     """The rank that saw it must not leave the others waiting for its sums."""
     for found in run_world(bad_on_rank_0, 2):
         assert f"step 1: the gradient of an example is not finite ({BATCH} in all)" in found
+
+
+class Sometimes(Small):
+    """A layer that takes part in some calls only."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.extra = nn.Linear(DENSE, 1)
+        self.takes_part = True
+
+    def forward(self, dense: Tensor, sparse: KeyedJaggedTensor) -> Tensor:
+        out = super().forward(dense, sparse)
+        return out + self.extra(dense).squeeze(1) if self.takes_part else out
+
+
+def sometimes(calls: list[list[bool]], sigma: float = 0.0) -> list[Tensor]:
+    """How the layer's weight moves in each step; a step's parts say whether it takes part."""
+    torch.manual_seed(1)
+    model = Sometimes()
+    optimizer = torch.optim.SGD(model.parameters(), lr=0.5)
+    private = build(model, optimizer=optimizer, clip=1e4, sigma=sigma)
+    moves = []
+    for step, parts in enumerate(calls, start=1):
+        before = model.extra.weight.detach().clone()
+        for part, model.takes_part in enumerate(parts):
+            last = part == len(parts) - 1
+            private.state.begin(step, BATCH, BATCH, part=part, is_last=last)
+            loss(model, data(part)).backward()
+            private.optimizer.step()
+        moves.append(model.extra.weight.detach() - before)
+    return moves
+
+
+def test_a_layer_that_takes_no_part_moves_by_its_noise_alone() -> None:
+    """Planted: its sums are left as the last step made them."""
+    first, none, again = sometimes([[True], [False], [True]])
+    assert first.any() and again.any() and not none.any()
+    assert sometimes([[True], [False]], sigma=1e-4)[1].all()
+
+
+def test_a_layer_may_take_part_in_some_micro_batches() -> None:
+    both, late, early, none = (
+        sometimes([[True, True], step])[1]
+        for step in ([True, True], [False, True], [True, False], [False, False])
+    )
+    assert late.any() and early.any() and not none.any()
+    torch.testing.assert_close(late + early, both, rtol=1e-5, atol=1e-7)

@@ -26,7 +26,7 @@ FILE = Path(os.environ.get(VARIABLE) or Path(__file__).with_name("_native.so"))
 ISAS = ("portable", "avx2", "avx512")
 """The paths in the order of the library's numbers; a processor has all up to its best one."""
 
-_INTERFACE = 3
+_INTERFACE = 4
 
 KINDS = {
     torch.float32: 0, torch.bfloat16: 1, torch.float16: 2, torch.float64: 3,
@@ -113,13 +113,16 @@ def library(path: Path = FILE) -> ctypes.CDLL | None:
     pointer, long, short = ctypes.c_void_p, ctypes.c_int64, ctypes.c_int32
     loaded.dist_dp_take_stale.argtypes = [
         pointer, long, pointer, pointer, short, short, short, pointer, pointer, pointer, pointer,
+        short,
     ]  # fmt: skip
     loaded.dist_dp_take_stale.restype = long
     loaded.dist_dp_settle_tables.argtypes = [
         pointer, long, pointer, pointer, pointer, long, pointer, pointer, pointer,
         ctypes.c_double, short, short, short, pointer,
     ]  # fmt: skip
-    loaded.dist_dp_bag_repeats.argtypes = [pointer, short, long, pointer, long, pointer, pointer]
+    loaded.dist_dp_bag_repeats.argtypes = [
+        pointer, short, long, pointer, long, pointer, pointer, short,
+    ]  # fmt: skip
     loaded.dist_dp_bag_repeats.restype = long
     loaded.dist_dp_blocks.argtypes = [
         ctypes.c_char_p, ctypes.c_void_p, ctypes.c_int64, ctypes.c_int32, ctypes.c_void_p,
@@ -257,6 +260,7 @@ def take_stale(
     wrong = loaded().dist_dp_take_stale(
         tables, number, pointers, counts, KINDS[ids[0].dtype], older_than, to_step,
         rows.data_ptr(), from_steps.data_ptr(), taken.data_ptr(), ctypes.byref(where),
+        thread_number(None),
     )  # fmt: skip
     if wrong:
         last = tables[wrong - 1].num_rows
@@ -307,7 +311,7 @@ def bag_repeats(
     squares = torch.empty(lengths.numel())
     wrong = loaded().dist_dp_bag_repeats(
         ids.data_ptr(), KINDS[ids.dtype], ids.numel(), lengths.data_ptr(), lengths.numel(),
-        None if weights is None else weights.data_ptr(), squares.data_ptr(),
+        None if weights is None else weights.data_ptr(), squares.data_ptr(), thread_number(None),
     )  # fmt: skip
     if wrong:
         raise ValueError(f"lengths: they do not fit the {ids.numel()} ids")

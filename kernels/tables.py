@@ -37,7 +37,7 @@ class ShardSet:
     Args:
         weights: float32, bfloat16 or float16 [R, D] for each shard, on one device; they must keep
             their memory.
-        histories: int32 [R] for each, contiguous.
+        histories: int32 [R] for each, contiguous, no two the same memory.
         keys: each table's key.
         row_offsets: global number of each shard's first row.
         column_offsets: global number of each shard's first column.
@@ -70,6 +70,9 @@ class ShardSet:
                 raise TypeError("histories: contiguous int32 expected")
             if history.shape != weight.shape[:1] or history.device != weight.device:
                 raise ValueError("histories: one step for each row of the weight, on its device")
+        starts = [h.data_ptr() for h in self._histories if h.numel()]
+        if len(set(starts)) < len(starts):
+            raise ValueError("histories: one is given twice; its rows would be settled twice")
         self._addresses = [t.data_ptr() for t in self._tensors()]
         self._tables = (native.Table * len(self._weights))(
             *(

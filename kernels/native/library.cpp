@@ -6,7 +6,6 @@
 #include <stdlib.h>
 #include <string.h>
 
-#include <atomic>
 #include <cfenv>
 #include <cmath>
 #include <vector>
@@ -18,7 +17,7 @@
 
 namespace {
 
-constexpr int32_t kInterface = 3;  // raised when Job changes
+constexpr int32_t kInterface = 4;  // raised when a function or Job changes
 constexpr int64_t kChunk = 1 << 15;  // numbers made by a thread before it asks for more
 
 const Implementation *implementation(int32_t isa) {
@@ -211,16 +210,13 @@ EXPORT void dist_dp_settle(const Job *jobs, int64_t num_jobs, int32_t threads, i
       pieces.push_back({job, first, first + rows < job->count ? first + rows : job->count});
     }
   }
-  std::atomic<size_t> next{0};
-  const auto loop = [&] {
-    const PlainArithmetic plain;
-    for (size_t i; (i = next.fetch_add(1)) < pieces.size();) {
-      const Piece &piece = pieces[i];
+  share_out(threads, static_cast<int64_t>(pieces.size()), [&] {
+    return [&, plain = PlainArithmetic()](int64_t i) {
+      const Piece &piece = pieces[static_cast<size_t>(i)];
       const Worker work = piece.job->state != nullptr ? chosen.settle_states : chosen.settle;
       work(*piece.job, piece.first, piece.last);
-    }
-  };
-  in_threads(pieces.size() < 2 ? 1 : threads, loop);
+    };
+  });
 }
 
 // Settles the rows that dist_dp_take_stale found. Where some tables have a state, `states` has an

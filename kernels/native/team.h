@@ -9,17 +9,16 @@
 #include <stdint.h>
 #include <unistd.h>
 
+#include <atomic>
 #include <system_error>
 #include <thread>
 #include <vector>
 
-namespace {
-
 // As OpenMP runtimes export it for compiled code: calls work(data) in each of so many threads.
 using Team = void (*)(void (*work)(void *), void *data, unsigned threads, unsigned flags);
 
-Team the_team = nullptr;
-pid_t team_owner = 0;
+inline Team the_team = nullptr;
+inline pid_t team_owner = 0;
 
 // Calls loop() in up to `threads` threads, this one among them, and waits for all of them.
 template <typename Loop>
@@ -45,4 +44,13 @@ void in_threads(int64_t threads, const Loop &loop) {
   for (std::thread &helper : helpers) helper.join();
 }
 
-}  // namespace
+// Calls work(0) ... work(pieces - 1), each once, by up to `threads` threads; each of them has its
+// own work = make_work(), which ends with it.
+template <typename MakeWork>
+void share_out(int64_t threads, int64_t pieces, const MakeWork &make_work) {
+  std::atomic<int64_t> next{0};
+  in_threads(pieces < 2 ? 1 : threads, [&] {
+    auto work = make_work();
+    for (int64_t i; (i = next.fetch_add(1)) < pieces;) work(i);
+  });
+}

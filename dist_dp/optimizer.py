@@ -100,6 +100,7 @@ class PrivateOptimizer(torch.optim.Optimizer):
                 "params": [],
                 "lr": group.lr,
                 "weight_decay": group.weight_decay,
+                "momentum": group.momentum,
                 "name": f"tables.{number}" if number else "tables",
                 "tables": group.tables,
             }
@@ -107,6 +108,7 @@ class PrivateOptimizer(torch.optim.Optimizer):
         ]
         super().__init__(groups, {})
         self._table_groups = self.param_groups[:]
+        self._momenta = [group.momentum for group in tables]
         if dense is not None:
             self.param_groups.extend(dense.param_groups)
         self.dense = dense
@@ -264,8 +266,16 @@ class PrivateOptimizer(torch.optim.Optimizer):
         """Records the step in flight in the schedules, once; look-ahead does so before its update.
 
         Raises:
-            ConfigError: It was recorded with another learning rate or weight decay.
+            ConfigError: It was recorded with another learning rate or weight decay, or the
+                momentum of tables has changed.
         """
+        momenta = [g["momentum"] for g in self._table_groups]
+        if momenta != self._momenta:
+            raise ConfigError(
+                f"step {self.step_in_flight}: the tables' momentum changed from {self._momenta} "
+                f"to {momenta}; waiting noise merges for one momentum only, so it stays as the "
+                "run began (remove the scheduler that moves it)"
+            )
         settings = [(float(g["lr"]), float(g["weight_decay"])) for g in self._table_groups]
         if self._recorded is None:
             noise = {

@@ -172,6 +172,19 @@ def test_settings() -> None:
         optimizer_settings(sgd, TableOptimizer("adagrad", momentum=0.9))
 
 
+def test_the_momentum_of_tables_stays() -> None:
+    whole = model(meta=False)
+    made = torch.optim.SGD(whole.parameters(), **SETTINGS)
+    run_world(int, 1)
+    private = build(whole, kind="table_wise", sigma=1.0, optimizer=made, expected=EXPECTED)
+    private.optimizer.param_groups[0]["momentum"] = 0.5
+    for batch in loader_of(private, records(), 1):
+        LOSSES(whole(*batch.inputs), batch.labels).backward()
+        with pytest.raises(ConfigError, match=r"momentum changed from \[0\.9\] to \[0\.5\]"):
+            private.optimizer.step()
+    assert private.mechanism.schedule.step == 0
+
+
 def test_no_grid_with_momentum() -> None:
     whole = model(meta=False)
     made = torch.optim.SGD(whole.parameters(), **SETTINGS)

@@ -95,6 +95,8 @@ class LookAhead:
     def _after_forward(self, model: nn.Module, _args: Any, _output: Any) -> None:
         if not (model.training and torch.is_grad_enabled()):
             return
+        if self._optimizer.mechanism is not self._mechanism:
+            return  # a benchmark has another one's turn
         if self._optimizer.is_accumulating:
             # The next micro-batch is of the same step: its rows must not have this step's noise.
             return

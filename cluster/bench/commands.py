@@ -41,6 +41,9 @@ def step(
     release_every: Annotated[
         int | None, typer.Option(min=1, help="Steps to spread the release's cost over.")
     ] = None,
+    look_ahead: Annotated[
+        bool, typer.Option("--look-ahead", help="lazydp settles the next batch beside this one.")
+    ] = False,
     json_file: Annotated[
         Path | None, typer.Option("--json", help="Write the figures to this file, too.")
     ] = None,
@@ -70,6 +73,7 @@ def step(
         warmup=warmup,
         release=release,
         release_every=release_every,
+        look_ahead=look_ahead,
     )
     result = run_step(settings, to_stderr)
     print_step(result)

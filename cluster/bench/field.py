@@ -26,6 +26,7 @@ from dist_dp.engine import PrivacyEngine
 from dist_dp.leases import StepLeases
 from dist_dp.ledger import Ledger
 from dist_dp.loader import PoissonLoader, as_source
+from dist_dp.look_ahead import LookAhead
 from dist_dp.mechanisms import MECHANISMS, Mechanism
 from dist_dp.mechanisms.comparison import COMPARISONS
 from dist_dp.noise_schedule import NoiseSchedule
@@ -122,6 +123,9 @@ def line_up(settings: StepSettings, folder: Path) -> Field:
         leases = StepLeases(books.accountant, books.open(name), plan.steps, lease_steps(settings))
         batches = loader(leases, engine.parts.state, engine.timer)
         contenders.append(PrivateStep(name, mechanism, engine, batches))
+        if name == "lazydp" and settings.look_ahead:
+            contenders[-1].activate()
+            LookAhead(model, engine.parts.optimizer, batches)
     return Field(contenders, engine)
 
 

@@ -47,6 +47,7 @@ class StepSettings:
         release: Time the settling of all rows that a release begins with.
         release_every: Steps over which the release's cost is spread.
         preset: Name of the preset that the settings began from.
+        look_ahead: ``lazydp`` settles the next batch's rows beside the backward of this one.
     """
 
     mechanisms: tuple[str, ...] = MECHANISMS
@@ -70,6 +71,7 @@ class StepSettings:
     release: bool = True
     release_every: int = 10_000
     preset: str = ""
+    look_ahead: bool = False
 
     def __post_init__(self) -> None:
         """Puts ``none`` first and refuses what cannot be measured.

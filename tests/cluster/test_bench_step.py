@@ -82,6 +82,16 @@ def test_settings_and_machine_are_stated(result: dict[str, Any]) -> None:
     assert machine["torch"] == torch.__version__ and machine["kernels"]
 
 
+def test_look_ahead_settles_beside_the_backward(tmp_path: Path) -> None:
+    path = tmp_path / "step.json"
+    options = (*OPTIONS.split(), "--mechanisms", "lazydp", "--no-release", "--look-ahead")
+    done = run("bench", "step", *options, "--json", path)
+    assert done.exit_code == 0, done.output + repr(done.exception)
+    found = json.loads(path.read_text(encoding="utf-8"))
+    assert found["settings"]["look_ahead"]
+    assert found["results"][1]["phases_ms"]["communication"] > 0  # the ids sent ahead
+
+
 # --- the arithmetic ---
 
 

@@ -6,7 +6,7 @@ import secrets
 from abc import ABC, abstractmethod
 from typing import TYPE_CHECKING, Any, cast
 
-from dist_dp.accounting import GaussianEvent
+from dist_dp.events import PrivacyEvent
 from dist_dp.ledger_state import DatasetBudget, Entry, Lease, Spend
 from dist_dp.step_costs import StepCosts
 
@@ -148,9 +148,9 @@ class Accountant(ABC):
         """Return how many steps are charged to a run."""
         return int(self._call("run_steps", run_id))
 
-    def run_charges(self, run_id: str) -> dict[GaussianEvent, int]:
+    def run_charges(self, run_id: str) -> dict[PrivacyEvent, int]:
         """Return the steps charged to a run by event."""
-        return cast("dict[GaussianEvent, int]", self._call("run_charges", run_id))
+        return cast("dict[PrivacyEvent, int]", self._call("run_charges", run_id))
 
     def run_costs(self, run_id: str) -> StepCosts | None:
         """Return what each step of a run costs, as it was opened."""

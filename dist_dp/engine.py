@@ -28,7 +28,6 @@ from torch import nn
 
 from dist_dp import kernels
 from dist_dp.account import default_ledger_path, open_account
-from dist_dp.accounting import GaussianEvent
 from dist_dp.checkpoint import (
     CheckpointWriter,
     load_checkpoint,
@@ -37,6 +36,7 @@ from dist_dp.checkpoint import (
 )
 from dist_dp.distributed import broadcast_object, ensure_process_group, rank
 from dist_dp.errors import ConfigError, DistDpError
+from dist_dp.events import PrivacyEvent
 from dist_dp.leases import StepLeases
 from dist_dp.loader import PoissonLoader, as_source
 from dist_dp.look_ahead import FeaturesOf, LookAhead
@@ -400,7 +400,7 @@ class PrivacyEngine:
         events = self.charged_events()
         return self.parts.mechanism.schedule.step if events is None else sum(events.values())
 
-    def charged_events(self) -> dict[GaussianEvent, int] | None:
+    def charged_events(self) -> dict[PrivacyEvent, int] | None:
         """The steps of :meth:`steps_charged` by event; None with mechanism ``none``.
 
         Guarantee:
@@ -413,7 +413,7 @@ class PrivacyEngine:
         taken = plan.events(steps)
         if self.accountant is None or self.run_id is None or not plan.is_private:
             return taken
-        charged: dict[GaussianEvent, int] = self.accountant.run_charges(self.run_id)
+        charged: dict[PrivacyEvent, int] = self.accountant.run_charges(self.run_id)
         return {e: max(taken.get(e, 0), charged.get(e, 0)) for e in taken.keys() | charged.keys()}
 
     def release(

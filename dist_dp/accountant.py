@@ -29,6 +29,8 @@ READING = frozenset(
         "spent",
         "run_epsilon",
         "run_steps",
+        "knows_run",
+        "open_leases",
         "run_charges",
         "run_costs",
         "released_step",
@@ -143,6 +145,14 @@ class Accountant(ABC):
     def run_epsilon(self, run_id: str, delta: float | None = None) -> float:
         """Return ε of one run's charge alone."""
         return float(self._call("run_epsilon", run_id, delta))
+
+    def knows_run(self, run_id: str) -> bool:
+        """Return whether a run was ever opened."""
+        return bool(self._call("knows_run", run_id))
+
+    def open_leases(self, run_id: str) -> list[Lease]:
+        """Return the leases of a run that are not settled."""
+        return cast("list[Lease]", self._call("open_leases", run_id))
 
     def run_steps(self, run_id: str) -> int:
         """Return how many steps are charged to a run."""

@@ -51,6 +51,7 @@ from dist_dp.sampling import PoissonSampler
 from dist_dp.schedules import ScheduleConfig
 from dist_dp.sharding import ShardingKind, TableOptimizer
 from dist_dp.timing import PhaseTimer
+from dist_dp.trail import StepTrail
 
 
 class PrivacyEngine:
@@ -73,6 +74,9 @@ class PrivacyEngine:
         resume_from: A training checkpoint of this run to go on from, or the folder that
             :func:`dist_dp.checkpoint.save_checkpoint` was given. Workers and sharding may be
             others than before.
+        trail: File in which the run notes what each step looked like, beside its checkpoints, so
+            that after a crash a replay that comes out the same is not charged again; see
+            :mod:`dist_dp.trail`. Without it every replayed step is charged again.
         secret: 32-byte secret for reproducible tests. Leave it out: the operating system makes
             one. A given secret marks the run as not private.
         device: Where tables and dense layers live; by default where the model is.
@@ -95,6 +99,7 @@ class PrivacyEngine:
         ledger: str | Path | None = None,
         run_id: str | None = None,
         resume_from: str | Path | None = None,
+        trail: str | Path | None = None,
         secret: bytes | None = None,
         device: torch.device | str | None = None,
         settings: Mapping[str, Any] | None = None,
@@ -108,6 +113,7 @@ class PrivacyEngine:
         self.settings = dict(settings or {})
         self.secret_is_given = secret is not None
         self.resume_from = Path(resume_from) if resume_from else None
+        self.trail = Path(trail) if trail else None
         self.device = None if device is None else torch.device(device)
         self.noise_grid = noise_grid
         self.noise_rounds = noise_rounds
@@ -354,6 +360,10 @@ class PrivacyEngine:
         resumed_at = None
         if self.resume_from is not None:
             resumed_at = load_checkpoint(self, self.resume_from)
+        restarted = self.trail is not None and broadcast_object(self.trail.exists())
+        if self.trail is not None and rank() == 0 and not restarted:
+            # Before the account: an attempt that dies in between is known for one that began.
+            StepTrail(self.trail).close()
         self.accountant = open_account(
             self.accountant,
             self._ledger_path,
@@ -364,15 +374,22 @@ class PrivacyEngine:
             fingerprint=fingerprint,
             stop_at_budget=stop_at_budget,
             resumed_at=resumed_at,
+            restarted=restarted,
         )
+        done = resumed_at[0] if resumed_at else 0
+        leases = StepLeases(
+            self.accountant, self.run_id, plan.steps, lease_steps, done=done, trail=self.trail
+        )
+        if self.mechanism_class.private:
+            self._parts.optimizer.on_noised_sums = leases.confirm
         loader = PoissonLoader(
             source,
             PoissonSampler(secret, plan.num_records, plan.sample_rate),
-            StepLeases(self.accountant, self.run_id, plan.steps, lease_steps),
+            leases,
             self._parts.state,
             plan.steps,
             self.timer,
-            resumed_at[0] if resumed_at else 0,
+            done,
             micro_batch_size,
         )
         self._loader = loader

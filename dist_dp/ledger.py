@@ -258,6 +258,24 @@ class Ledger(DatasetLedger):
                 delta = self._state.budget(run.dataset).delta
         return epsilon_of(charged, delta) if is_private else math.inf
 
+    def knows_run(self, run_id: str) -> bool:
+        """Return whether a run was ever opened."""
+        with self._transaction(write=False):
+            return run_id in self._state.runs
+
+    def open_leases(self, run_id: str) -> list[Lease]:
+        """Return the leases of a run that are not settled, in the order they were granted.
+
+        A run that goes on after a crash takes them over instead of charging their steps again.
+        """
+        with self._transaction(write=False) as tx:
+            found = (
+                tx.by_lease(lease_id, "steps_reserved")
+                for lease_id, lease in self._state.leases.items()
+                if lease.run_id == run_id
+            )
+            return [_lease(entry) for entry in found if entry is not None]
+
     def run_steps(self, run_id: str) -> int:
         """Return how many steps are charged to a run; a lease that was never settled counts whole.
 

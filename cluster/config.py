@@ -320,6 +320,14 @@ class ClusterConfig(_Section):
         use_gpu: A GPU for each worker; by default if this machine has that many.
         cpus_per_worker: CPUs that Ray reserves for each worker.
         threads_per_worker: Threads of PyTorch in each worker; by default a fair share.
+        min_workers: Go on with as few as so many workers after a loss, until there is room for
+            ``num_workers`` again; by default wait for that room. Tables and records are shared out
+            anew. With another number of workers a replayed step comes out with other rounding, so
+            it is charged again.
+        max_failures: How often the run goes on from its last checkpoint after workers were lost
+            (-1: always). Needs ``train.checkpoint_every``; without it a loss ends the run.
+        hang_timeout_s: Seconds without a step, or in wait of another worker, after which workers
+            are ended and started again.
     """
 
     num_workers: Annotated[int, Field(ge=1)] = 1
@@ -328,6 +336,17 @@ class ClusterConfig(_Section):
     use_gpu: bool | None = None
     cpus_per_worker: Annotated[float, Field(gt=0)] = 1
     threads_per_worker: Annotated[int, Field(ge=1)] | None = None
+    min_workers: Annotated[int, Field(ge=1)] | None = None
+    max_failures: Annotated[int, Field(ge=-1)] = 3
+    hang_timeout_s: Annotated[float, Field(gt=0)] = 1800.0
+
+    @model_validator(mode="after")
+    def _no_more_than_there_are(self) -> ClusterConfig:
+        if self.min_workers is not None and self.min_workers > self.num_workers:
+            raise ValueError(
+                f"min_workers: {self.min_workers} is more than num_workers, {self.num_workers}"
+            )
+        return self
 
 
 class OutputConfig(_Section):

@@ -18,7 +18,7 @@ from dist_dp.distributed import rank, world_size
 from dist_dp.release import privacy_statement
 
 if TYPE_CHECKING:
-    from dist_dp.cluster.worker import _Run
+    from dist_dp.cluster.worker import Run
 
 _PACKAGES = (
     "dist-dp",
@@ -89,7 +89,7 @@ def _numbered(workers: list[int]) -> str:
     return f"worker{'s' if len(workers) > 1 else ''} {shown}"
 
 
-def _sharding(run: _Run) -> list[dict[str, Any]]:
+def _sharding(run: Run) -> list[dict[str, Any]]:
     """Every table with its kind, the ranks that hold it, and its bytes over all ranks."""
     local = [
         (s.table, s.num_rows, s.dim, s.kind, s.weight.numel() * s.weight.element_size())
@@ -113,7 +113,7 @@ def finite(value: float | None) -> float | None:
     return value if value is not None and math.isfinite(value) else None
 
 
-def make_summary(run: _Run, metrics: dict[str, float], split: str | None) -> dict[str, Any]:
+def make_summary(run: Run, metrics: dict[str, float], split: str | None) -> dict[str, Any]:
     """Collects the summary; every rank calls it.
 
     Args:

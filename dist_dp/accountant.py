@@ -31,6 +31,8 @@ READING = frozenset(
         "run_steps",
         "knows_run",
         "open_leases",
+        "charged_to",
+        "run_status",
         "run_charges",
         "run_costs",
         "released_step",
@@ -149,6 +151,14 @@ class Accountant(ABC):
     def knows_run(self, run_id: str) -> bool:
         """Return whether a run was ever opened."""
         return bool(self._call("knows_run", run_id))
+
+    def run_status(self, run_id: str) -> str:
+        """Return `open`, or how a run ended."""
+        return str(self._call("run_status", run_id))
+
+    def charged_to(self, run_id: str) -> int:
+        """Return the last step that a run is charged for by its latest lease."""
+        return int(self._call("charged_to", run_id))
 
     def open_leases(self, run_id: str) -> list[Lease]:
         """Return the leases of a run that are not settled."""

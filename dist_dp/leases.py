@@ -45,6 +45,9 @@ class Accountant(Protocol):
     def run_steps(self, run_id: str) -> int:
         """Steps charged to a run."""
 
+    def charged_to(self, run_id: str) -> int:
+        """The last step of a run's latest lease."""
+
 
 class StepLeases:
     """Makes sure that every step is charged before it runs. Same calls on every rank.
@@ -112,13 +115,15 @@ class StepLeases:
                 f"{charged}: it is another ledger, or an older copy. Use the ledger that the run "
                 "was charged to."
             )
-        for lease in sorted(
-            self._accountant.open_leases(self._run_id), key=lambda one: one.first_step
-        ):
-            # One that begins later was begun by steps that left no trace here.
-            if self._trail.is_whole and lease.first_step <= until + 1:
-                self._held.append(lease)
-                until = max(until, lease.first_step + lease.steps - 1)
+        leases = self._accountant.open_leases(self._run_id)
+        if not self._trail.is_whole:
+            # Nobody knows how far those got: they stay charged, whole.
+            for lease in leases:
+                self._accountant.settle(lease.lease_id, lease.steps)
+        else:
+            # No step after the known ones had its noise added, so what they were charged is unused.
+            until = max(known, self._accountant.charged_to(self._run_id))
+            self._held = sorted(leases, key=lambda lease: lease.first_step)
         if self._held:
             self._began_before = known + 1
         return known, until, self._accountant.run_epsilon(self._run_id) if until else 0.0

@@ -263,6 +263,24 @@ class Ledger(DatasetLedger):
         with self._transaction(write=False):
             return run_id in self._state.runs
 
+    def run_status(self, run_id: str) -> str:
+        """Return `open`, or how a run ended.
+
+        Raises:
+            LedgerError: the run is unknown.
+        """
+        with self._transaction(write=False):
+            return self._state.run(run_id).status
+
+    def charged_to(self, run_id: str) -> int:
+        """Return the last step that a run is charged for by its latest lease, 0 if none.
+
+        Raises:
+            LedgerError: the run is unknown.
+        """
+        with self._transaction(write=False):
+            return self._state.run(run_id).charged_to
+
     def open_leases(self, run_id: str) -> list[Lease]:
         """Return the leases of a run that are not settled, in the order they were granted.
 

@@ -202,6 +202,7 @@ class LedgerState:
         elif entry.kind == "steps_reserved":
             first, steps = _natural(entry.first_step), _natural(entry.steps)
             self.run(str(entry.run_id)).charge(first, steps)
+            self.run(str(entry.run_id)).spans[str(entry.lease_id)] = (first, first + steps - 1)
             self.leases[str(entry.lease_id)] = OpenLease(str(entry.run_id), first, steps)
         elif entry.kind == "steps_settled":
             lease = self.leases.pop(str(entry.lease_id))
@@ -209,6 +210,10 @@ class LedgerState:
             if used > lease.steps:
                 raise LedgerError(f"{used} steps used of {lease.steps} leased")
             # Steps begin in order, so those that never began are the lease's last.
+            self.run(lease.run_id).spans[str(entry.lease_id)] = (
+                lease.first_step,
+                lease.first_step + used - 1,
+            )
             self.run(lease.run_id).give_back(lease.first_step + used, lease.steps - used)
         elif entry.kind == "model_released":
             run = self.run(str(entry.run_id))

@@ -83,6 +83,7 @@ def write_release(
     )
     partial = files.partial_folder(destination)
     written: dict[str, FileFacts] = {}
+    recorded = False
     try:
         all_together(parts.state.check_nothing_failed, ReleaseError, "check the last step")
         all_together(parts.check_mechanism, ReleaseError, "check the mechanism")
@@ -96,6 +97,7 @@ def write_release(
             written.update(of_a_rank)
 
         def finish() -> None:
+            nonlocal recorded
             if rank() == 0:
                 privacy = _privacy(engine)
                 card = model_card(privacy, destination.name, facts or {})
@@ -108,13 +110,17 @@ def write_release(
                 manifest = _manifest(parts, privacy, written, model_info)
                 files.make_ready(destination, json.dumps(manifest, indent=2).encode())
                 # Before the release can be seen, so that no resumed run draws other noise for it.
+                recorded = True
                 if engine.accountant is not None:
                     engine.accountant.record_release(engine.run_id, parts.mechanism.schedule.step)
                 files.publish(destination)
 
         all_together(finish, ReleaseError, "finish the release")
     except BaseException:
-        files.discard(destination)
+        # Not by a rank that lost rank 0: the ledger may hold the release, which
+        # `publish_recorded` then looks for. What stays is removed by the next release.
+        if rank() == 0 and not recorded:
+            files.discard(destination)
         raise
     return destination
 

@@ -39,6 +39,7 @@ class RunState:
         charged: how many steps are charged, those charged again counted again.
         by_event: the same by event; empty for a run without noise.
         released_step: the last step that a recorded release holds.
+        spans: first and last step of each lease, in order, without those given back.
         status: `open`, or how it ended.
     """
 
@@ -47,6 +48,7 @@ class RunState:
     charged: int = 0
     by_event: dict[PrivacyEvent, int] = field(default_factory=dict)
     released_step: int = 0
+    spans: dict[str, tuple[int, int]] = field(default_factory=dict)
     status: str = "open"
 
     def cost_of(self, first_step: int, steps: int) -> dict[PrivacyEvent, int]:
@@ -68,6 +70,12 @@ class RunState:
         """How many of these are steps of the run; its setup (step 0) is none."""
         setup = self.costs is not None and bool(self.costs.setup) and first_step == 0
         return steps - 1 if setup and steps else steps
+
+    @property
+    def charged_to(self) -> int:
+        """The last step of the latest lease that was not given back whole; 0 if there is none."""
+        ends = (last for first, last in reversed(self.spans.values()) if last >= first)
+        return next(ends, 0)
 
     def charge_with(
         self, extra: Mapping[PrivacyEvent, int], rounding: Rounding | None

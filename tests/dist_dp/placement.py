@@ -49,6 +49,9 @@ class OpenHanded:
     def run_epsilon(self, run_id: str) -> float:
         return 0.5
 
+    def charged_to(self, run_id: str) -> int:
+        return 0
+
     def run_steps(self, run_id: str) -> int:
         return 10**6
 

@@ -56,6 +56,7 @@ def attempt(
     *,
     done: int = 0,
     crash_at: int | None = None,
+    fail_at: int | None = None,
     stop_after: int | None = None,
     sums: Callable[[int], Tensor] = sums_of,
 ) -> StepLeases:
@@ -66,6 +67,9 @@ def attempt(
             break
         if step == crash_at:
             leases._thread.shutdown()  # what was asked for has been granted
+            return leases
+        if step == fail_at:  # as when another worker is lost: the loop ends with an error
+            leases.close(step)
             return leases
         leases.confirm(step, sums(step))
         if step == stop_after:
@@ -237,6 +241,34 @@ def test_several_crashes_in_a_row(books: Callable[[int], LocalAccountant], tmp_p
         attempt(accountant, trail, done=done, crash_at=crash_at)
     attempt(accountant, trail, done=15)
     assert charged(accountant) == STEPS and accountant.open_leases("run") == []
+
+
+@pytest.mark.parametrize(("fail_at", "checkpoint"), CRASHES)
+def test_a_step_that_failed_had_no_result_to_charge_again(
+    books: Callable[[int], LocalAccountant], tmp_path: Path, fail_at: int, checkpoint: int
+) -> None:
+    accountant, trail = books(STEPS), tmp_path / "trail"
+    attempt(accountant, trail, fail_at=fail_at)
+    assert charged(accountant) == fail_at
+    attempt(accountant, trail, done=checkpoint)
+    assert charged(accountant) == STEPS and accountant.open_leases("run") == []
+
+
+def test_a_machine_that_goes_down_twice(
+    books: Callable[[int], LocalAccountant], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Leases of the first time are not taken for unused ones of the second."""
+    accountant, trail = books(10 * STEPS), tmp_path / "trail"
+    attempt(accountant, trail, crash_at=14)
+    with open(trail, "r+b") as file:
+        file.truncate(16 * 12)  # steps 12 to 14 left no trace; 16 to 20 were leased ahead
+    boot = tmp_path / "boot_id"
+    boot.write_text("another start")
+    monkeypatch.setattr(trail_module, "_BOOT", boot)
+    attempt(accountant, trail, done=4, crash_at=13)
+    assert charged(accountant) == 20 + 5
+    attempt(accountant, trail, done=4)
+    assert charged(accountant) == 20 + STEPS - 11 and accountant.open_leases("run") == []
 
 
 def test_without_a_trail_everything_is_charged_again(

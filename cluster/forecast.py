@@ -14,7 +14,8 @@ from dist_dp.cluster.config import RunConfig
 from dist_dp.cluster.workload import PlannedTable, slowest, workloads
 from dist_dp.cost_model import MachineRates, predict, release_seconds
 from dist_dp.plan import PrivacyPlan
-from dist_dp.step_counts import DenseShape, step_counts, total
+from dist_dp.step_counts import step_counts, total
+from dist_dp.step_shapes import DenseShape
 
 
 @dataclass(frozen=True)

@@ -13,7 +13,8 @@ from pathlib import Path
 from typing import Any
 
 from dist_dp.errors import ConfigError
-from dist_dp.step_counts import FLOAT, Work, Workload, step_counts
+from dist_dp.step_counts import Work, step_counts
+from dist_dp.step_shapes import FLOAT, Workload
 
 RATES_VERSION = 1
 

@@ -21,7 +21,7 @@ from torch import Tensor
 from torch.nn import functional
 
 from dist_dp import kernels
-from dist_dp.step_counts import FLOAT
+from dist_dp.step_shapes import FLOAT
 
 BATCH = 2048
 LAYERS = ((512, 256), (479, 1024), (1024, 1024), (1024, 512))

@@ -12,18 +12,15 @@ import pytest
 
 from dist_dp.cost_model import MachineRates, predict, release_seconds
 from dist_dp.errors import ConfigError
-from dist_dp.step_counts import (
+from dist_dp.step_counts import Work, all_reduce, step_counts, total
+from dist_dp.step_shapes import (
     MECHANISMS,
     DenseShape,
     LinearShape,
     ShardShape,
     TableShape,
-    Work,
     Workload,
-    all_reduce,
     distinct_rows,
-    step_counts,
-    total,
 )
 
 BATCH = 64.0

@@ -105,7 +105,7 @@ def forecast_step(
         "work": {
             "matmul_flops": work.matmul_flops + work.small_matmul_flops,
             "normals": work.settle_normals + work.stream_normals + work.torch_normals,
-            "table_bytes": work.lookup_bytes + work.update_bytes + work.stream_bytes,
+            "table_bytes": work.lookup.id_bytes + 2 * work.update.row_bytes + work.stream_bytes,
             "sent_bytes": work.all_to_all_bytes + work.all_reduce_bytes + work.all_gather_bytes,
             "messages": work.rounds,
         },

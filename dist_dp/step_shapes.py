@@ -136,10 +136,14 @@ class Workload:
         """Bytes of the pooled rows of this worker's own examples, all tables."""
         return FLOAT * self.batch * sum(t.bags * t.dim for t in self.tables)
 
+    def bags_of(self, shard: ShardShape) -> float:
+        """Bags that a step pools in a shard."""
+        examples = self.batch * (1 if shard.kind == "data_parallel" else self.world_size)
+        return examples * shard.table.bags
+
     def ids_of(self, shard: ShardShape) -> float:
         """Ids that a step reads in a shard, repeats counted."""
-        examples = self.batch * (1 if shard.kind == "data_parallel" else self.world_size)
-        return examples * shard.table.bags * shard.table.pooling * shard.share
+        return self.bags_of(shard) * shard.table.pooling * shard.share
 
 
 @lru_cache(maxsize=4096)

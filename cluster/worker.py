@@ -312,7 +312,8 @@ class _Run:
             self.folder / "release",
             model_info={
                 "model": self.config.model.model_dump(mode="json"),
-                "columns": self.job.columns,
+                # Whoever scores records with the model need not say whose they are.
+                "columns": {**self.job.columns, "user": None},
             },
             facts=summary.pop("card_facts"),
             progress=self._report_release,

@@ -149,7 +149,8 @@ def open_account(
                     accountant.register_dataset(
                         dataset,
                         fingerprint=fingerprint or f"named:{dataset}",
-                        num_records=plan.num_records,
+                        num_records=plan.num_units,
+                        unit=plan.unit,
                         epsilon=budget[0] if budget else plan.target_epsilon or plan.epsilon(),
                         delta=budget[1] if budget else plan.delta,
                         explicit=budget is not None,

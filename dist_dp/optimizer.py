@@ -57,9 +57,10 @@ class PrivateOptimizer(torch.optim.Optimizer):
     Guarantee:
         The gradient of each unit (a record, or a user with all its records in the step), over *all*
         trained parameters together, is scaled to an l2 norm of at most the step's clip norm C and
-        summed, so one unit more or less moves the sum by at most C (add-or-remove-one); noise of standard deviation σC, with the step's noise multiplier
-        σ, is added to every coordinate of the sum, dense layers here and tables by the mechanism;
-        the result is divided by the *expected* batch size, since the actual one is private.
+        summed, so one unit more or less moves the sum by at most C (add-or-remove-one); noise of
+        standard deviation σC, with the step's noise multiplier σ, is added to every coordinate of
+        the sum, dense layers here and tables by the mechanism; the result is divided by the
+        *expected* number of units, since the actual one is private.
         Padding examples count zero. Assumes that the model treats examples one by one (see
         :func:`dist_dp.probe.check_outputs_independent`) and a secret noise key.
 

@@ -10,6 +10,7 @@ from __future__ import annotations
 import math
 import operator
 from dataclasses import dataclass
+from itertools import pairwise
 
 import numpy as np
 from numpy.typing import NDArray
@@ -152,6 +153,4 @@ class PoissonSampler:
         records, padded = self.local(step, rank, world_size)
         count = 1 if most is None else -(-padded // most)
         cuts = [padded * n // count for n in range(count + 1)]
-        return [
-            SamplePart(records[a:b], b - a) for a, b in zip(cuts, cuts[1:], strict=False)
-        ]
+        return [SamplePart(records[a:b], b - a) for a, b in pairwise(cuts)]

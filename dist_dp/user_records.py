@@ -58,7 +58,8 @@ class UserRecords:
 
     def counts(self, users: Int64Array) -> Int64Array:
         """How many records users have, int64 ``[users]``."""
-        return self._starts[users + 1] - self._starts[users]
+        counts: Int64Array = self._starts[users + 1] - self._starts[users]
+        return counts
 
     def mean_records(self, most: int) -> float:
         """Mean over users of how many records take part in a step of theirs."""
@@ -80,7 +81,8 @@ class UserRecords:
         within = np.arange(int(sizes.sum()), dtype=np.int64) - np.repeat(before, sizes)
         within += np.repeat(first, sizes)
         within %= np.repeat(self.counts(users), sizes)
-        return self._records[np.repeat(self._starts[users], sizes) + within]
+        found: Int64Array = self._records[np.repeat(self._starts[users], sizes) + within]
+        return found
 
 
 def users_of(data: Any, users: Any = None) -> UserRecords:

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from itertools import pairwise
+
 import numpy as np
 
 from dist_dp.errors import ConfigError
@@ -95,7 +97,10 @@ class UserSampler:
         cuts = [_cuts(sizes[span], most) for span in spans]
         count = max(len(cut) - 1 for cut in cuts)
         cuts = [cut + [cut[-1]] * (count + 1 - len(cut)) for cut in cuts]
-        records = [[int(sizes[s][a:b].sum()) for a, b in _pairs(c)] for s, c in zip(spans, cuts)]
+        records = [
+            [int(sizes[s][a:b].sum()) for a, b in pairwise(c)]
+            for s, c in zip(spans, cuts, strict=True)
+        ]
         padded = [max(1, *(of_rank[part] for of_rank in records)) for part in range(count)]
         mine = spans[rank]
         return [
@@ -104,7 +109,7 @@ class UserSampler:
                 padded[part],
                 sizes[mine][a:b],
             )
-            for part, (a, b) in enumerate(_pairs(cuts[rank]))
+            for part, (a, b) in enumerate(pairwise(cuts[rank]))
         ]
 
 
@@ -118,7 +123,3 @@ def _cuts(sizes: Int64Array, most: int | None) -> list[int]:
         done = int(ends[cuts[-1] - 1]) if cuts[-1] else 0
         cuts.append(int(np.searchsorted(ends, done + most, side="right")))
     return cuts
-
-
-def _pairs(cuts: list[int]) -> list[tuple[int, int]]:
-    return list(zip(cuts, cuts[1:], strict=False))

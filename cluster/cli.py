@@ -272,9 +272,14 @@ def convert(
 @app.command()
 @readable_errors
 def generate(
-    out: Annotated[Path, typer.Argument(help="TSV file to write, in Criteo's layout.")],
+    out: Annotated[
+        Path, typer.Argument(help="File to write: TSV in Criteo's layout, or .parquet.")
+    ],
     records: Annotated[int, typer.Option(min=1, help="Number of records.")] = 100_000,
     seed: Annotated[int, typer.Option(help="Seed of records and truth.")] = 0,
+    users: Annotated[
+        int, typer.Option(min=0, help="Users whose the records are, for a .parquet file.")
+    ] = 0,
 ) -> None:
     """Generate click logs with a planted truth whose best AUC is known."""
     from dist_dp.datasets.synthetic import write_criteo_like
@@ -283,7 +288,7 @@ def generate(
     for path in (out, Path(f"{out}.truth.json")):
         if path.exists():
             raise DataError(f"'{path}' exists; choose another file, or remove it first")
-    truth = write_criteo_like(out, records, seed=seed)
+    truth = write_criteo_like(out, records, seed=seed, num_users=users)
     print(
         f"{out}: {records:,} records, click rate {truth['click_rate']:.3f}, best possible AUC "
         f"{truth['best_auc']:.4f}"

@@ -36,8 +36,16 @@ def check_whole_run_fits(accountant: Any, dataset: str, plan: PrivacyPlan) -> No
         plan: A plan with noise.
 
     Raises:
-        BudgetError: What is left of the data set's budget does not cover every planned step.
+        BudgetError: What is left of the data set's budget does not cover every planned step, or
+            counts another unit of privacy.
     """
+    for budget in accountant.datasets():
+        if budget.name == dataset and budget.unit != plan.unit:
+            raise BudgetError(
+                f"data set '{dataset}' is registered with unit of privacy '{budget.unit}', not "
+                f"'{plan.unit}': one budget counts one unit. Train with privacy.unit "
+                f"{budget.unit}, or keep a budget of its own for the other unit under another name"
+            )
     spend = accountant.spent(dataset)
     fits = max_steps(
         plan.step_costs(), 1, plan.steps, spend.steps_by_event, spend.budget_epsilon, spend.delta

@@ -43,8 +43,7 @@ def check_whole_run_fits(accountant: Any, dataset: str, plan: PrivacyPlan) -> No
         if budget.name == dataset and budget.unit != plan.unit:
             raise BudgetError(
                 f"data set '{dataset}' is registered with unit of privacy '{budget.unit}', not "
-                f"'{plan.unit}': one budget counts one unit. Train with privacy.unit "
-                f"{budget.unit}, or keep a budget of its own for the other unit under another name"
+                f"'{plan.unit}': one budget counts one unit; train with privacy.unit {budget.unit}"
             )
     spend = accountant.spent(dataset)
     fits = max_steps(

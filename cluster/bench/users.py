@@ -80,7 +80,7 @@ def main() -> None:
             timer.take()
             start = time.perf_counter()
             private.state.begin(step, int(sizes.sum()), given.batch, users=users)
-            logits = model(batch.dense_features, batch.sparse_features).squeeze(1)
+            logits = model(batch.dense_features, batch.sparse_features)
             torch.nn.functional.binary_cross_entropy_with_logits(logits, batch.labels).backward()
             private.optimizer.step()
             seconds = time.perf_counter() - start

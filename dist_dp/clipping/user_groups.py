@@ -24,11 +24,13 @@ class Bucket:
         examples: int64 ``[units, size]``, the examples of each; behind a unit's last one its first
             stands for nothing.
         is_there: bool ``[units, size]``, which of them count.
+        is_full: Whether all do.
     """
 
     units: Tensor
     examples: Tensor
     is_there: Tensor
+    is_full: bool
 
     def gather(self, record: Record) -> Record:
         """What a layer took in and got back, by unit.
@@ -40,8 +42,10 @@ class Bucket:
         """
         inputs, delta = record
         mine = delta[self.examples]
-        there = self.is_there.view(*self.is_there.shape, *[1] * (mine.dim() - 2))
-        return tuple(x[self.examples] for x in inputs), torch.where(there, mine, 0.0)
+        if not self.is_full:
+            there = self.is_there.view(*self.is_there.shape, *[1] * (mine.dim() - 2))
+            mine = torch.where(there, mine, 0.0)
+        return tuple(x[self.examples] for x in inputs), mine
 
 
 class UserGroups:
@@ -97,7 +101,7 @@ class UserGroups:
         moved.__dict__.update(self.__dict__)
         moved.unit_of = self.unit_of.to(device)
         moved.buckets = [
-            Bucket(b.units.to(device), b.examples.to(device), b.is_there.to(device))
+            Bucket(b.units.to(device), b.examples.to(device), b.is_there.to(device), b.is_full)
             for b in self.buckets
         ]
         return moved
@@ -111,4 +115,4 @@ def _bucket(units: Tensor, starts: Tensor, sizes: Tensor, size: int) -> Bucket:
     places = torch.arange(size)
     is_there = places < sizes.unsqueeze(1)
     examples = starts.unsqueeze(1) + torch.where(is_there, places, 0)
-    return Bucket(units, examples, is_there)
+    return Bucket(units, examples, is_there, bool(is_there.all()))

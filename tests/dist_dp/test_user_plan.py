@@ -60,11 +60,11 @@ def test_reference_values_with_users_as_units(
 
 
 def test_calibration_counts_users() -> None:
-    values = {**PLAN, "noise_multiplier": None, "delta": None, "steps": 50}
-    users = PrivacyPlan(**values).calibrate(2.0, 1e-6)
+    values = {**PLAN, "noise_multiplier": None, "delta": None, "steps": 5}
+    users = PrivacyPlan(**values).calibrate(0.5, 1e-6)
     for key in ("unit", "num_users", "max_records_per_user"):
         del values[key]
-    records = PrivacyPlan(num_records=60_000, **values).calibrate(2.0, 1e-6)
+    records = PrivacyPlan(num_records=60_000, **values).calibrate(0.5, 1e-6)
     assert users.noise_multiplier == records.noise_multiplier
     assert users.sample_rate == 150 / 60_000
 

@@ -116,6 +116,7 @@ def open_account(
     fingerprint: str | None,
     stop_at_budget: bool,
     resumed_at: tuple[int, bool] | None,
+    restarted: bool = False,
 ) -> Any:
     """Registers the data set if it is new and opens the run's account; every rank calls it.
 
@@ -129,8 +130,9 @@ def open_account(
         fingerprint: Identifies the records; by default the name alone does.
         stop_at_budget: Open it although not all planned steps fit.
         resumed_at: For a run that goes on: the step of its checkpoint, and whether every row
-            was settled in it. The account is open already; steps that are run again are charged
-            again.
+            was settled in it. The account is open already.
+        restarted: An earlier attempt at this run may have opened the account, and died before its
+            first checkpoint: go on with it then, from step 0.
 
     Returns:
         The accountant on rank 0, None elsewhere.
@@ -146,6 +148,8 @@ def open_account(
         try:
             accountant = accountant or LocalAccountant(Ledger(ledger))
             costs = None if plan.mechanism == "none" else plan.step_costs()
+            if restarted and resumed_at is None and accountant.knows_run(run_id):
+                resumed_at = (0, False)
             if resumed_at is not None:
                 _check_no_later_release(accountant, run_id, *resumed_at)
                 if costs is not None:

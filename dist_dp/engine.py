@@ -28,7 +28,6 @@ from torch import nn
 
 from dist_dp import kernels
 from dist_dp.account import default_ledger_path, open_account
-from dist_dp.accounting import GaussianEvent
 from dist_dp.checkpoint import (
     CheckpointWriter,
     load_checkpoint,
@@ -37,6 +36,7 @@ from dist_dp.checkpoint import (
 )
 from dist_dp.distributed import broadcast_object, ensure_process_group, rank
 from dist_dp.errors import ConfigError, DistDpError
+from dist_dp.events import PrivacyEvent
 from dist_dp.leases import StepLeases
 from dist_dp.loader import PoissonLoader, as_source
 from dist_dp.look_ahead import FeaturesOf, LookAhead
@@ -51,6 +51,7 @@ from dist_dp.sampling import PoissonSampler
 from dist_dp.schedules import ScheduleConfig
 from dist_dp.sharding import ShardingKind, TableOptimizer
 from dist_dp.timing import PhaseTimer
+from dist_dp.trail import StepTrail
 from dist_dp.user_records import UserRecords, users_of
 from dist_dp.user_sampling import UserSampler
 
@@ -75,6 +76,9 @@ class PrivacyEngine:
         resume_from: A training checkpoint of this run to go on from, or the folder that
             :func:`dist_dp.checkpoint.save_checkpoint` was given. Workers and sharding may be
             others than before.
+        trail: File in which the run notes what each step looked like, beside its checkpoints, so
+            that after a crash a replay that comes out the same is not charged again; see
+            :mod:`dist_dp.trail`. Without it every replayed step is charged again.
         secret: 32-byte secret for reproducible tests. Leave it out: the operating system makes
             one. A given secret marks the run as not private.
         device: Where tables and dense layers live; by default where the model is.
@@ -97,6 +101,7 @@ class PrivacyEngine:
         ledger: str | Path | None = None,
         run_id: str | None = None,
         resume_from: str | Path | None = None,
+        trail: str | Path | None = None,
         secret: bytes | None = None,
         device: torch.device | str | None = None,
         settings: Mapping[str, Any] | None = None,
@@ -110,6 +115,7 @@ class PrivacyEngine:
         self.settings = dict(settings or {})
         self.secret_is_given = secret is not None
         self.resume_from = Path(resume_from) if resume_from else None
+        self.trail = Path(trail) if trail else None
         self.device = None if device is None else torch.device(device)
         self.noise_grid = noise_grid
         self.noise_rounds = noise_rounds
@@ -400,6 +406,10 @@ class PrivacyEngine:
         resumed_at = None
         if self.resume_from is not None:
             resumed_at = load_checkpoint(self, self.resume_from)
+        restarted = self.trail is not None and broadcast_object(self.trail.exists())
+        if self.trail is not None and rank() == 0 and not restarted:
+            # Before the account: an attempt that dies in between is known for one that began.
+            StepTrail(self.trail).close()
         self.accountant = open_account(
             self.accountant,
             self._ledger_path,
@@ -410,17 +420,24 @@ class PrivacyEngine:
             fingerprint=fingerprint,
             stop_at_budget=stop_at_budget,
             resumed_at=resumed_at,
+            restarted=restarted,
         )
+        done = resumed_at[0] if resumed_at else 0
+        leases = StepLeases(
+            self.accountant, self.run_id, plan.steps, lease_steps, done=done, trail=self.trail
+        )
+        if self.mechanism_class.private:
+            self._parts.optimizer.on_noised_sums = leases.confirm
         loader = PoissonLoader(
             source,
             PoissonSampler(secret, units, plan.sample_rate)
             if whose is None
             else UserSampler(secret, whose, plan.sample_rate, most),
-            StepLeases(self.accountant, self.run_id, plan.steps, lease_steps),
+            leases,
             self._parts.state,
             plan.steps,
             self.timer,
-            resumed_at[0] if resumed_at else 0,
+            done,
             micro_batch_size,
         )
         self._loader = loader
@@ -448,7 +465,7 @@ class PrivacyEngine:
         events = self.charged_events()
         return self.parts.mechanism.schedule.step if events is None else sum(events.values())
 
-    def charged_events(self) -> dict[GaussianEvent, int] | None:
+    def charged_events(self) -> dict[PrivacyEvent, int] | None:
         """The steps of :meth:`steps_charged` by event; None with mechanism ``none``.
 
         Guarantee:
@@ -461,7 +478,7 @@ class PrivacyEngine:
         taken = plan.events(steps)
         if self.accountant is None or self.run_id is None or not plan.is_private:
             return taken
-        charged: dict[GaussianEvent, int] = self.accountant.run_charges(self.run_id)
+        charged: dict[PrivacyEvent, int] = self.accountant.run_charges(self.run_id)
         return {e: max(taken.get(e, 0), charged.get(e, 0)) for e in taken.keys() | charged.keys()}
 
     def release(

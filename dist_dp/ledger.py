@@ -16,8 +16,9 @@ import secrets
 from typing import Any
 
 from dist_dp.accountant import LocalAccountant
-from dist_dp.accounting import GaussianEvent, epsilon_of
+from dist_dp.accounting import epsilon_of
 from dist_dp.errors import BudgetError, LedgerError
+from dist_dp.events import PrivacyEvent
 from dist_dp.ledger_datasets import DatasetLedger
 from dist_dp.ledger_file import check_name
 from dist_dp.ledger_grant import grant
@@ -94,7 +95,7 @@ class Ledger(DatasetLedger):
                 run_id=run_id,
                 request_id=request_id,
                 details={
-                    "segments": None if costs is None else costs.to_json(),
+                    **({"segments": None} if costs is None else costs.to_json()),
                     "details": details,
                 },
             )
@@ -107,7 +108,7 @@ class Ledger(DatasetLedger):
         The charge is durable when this returns and counts against the data set's budget over all
         its runs. What a step costs follows from its number (see `dist_dp.step_costs`): one that
         is reserved again (a replay after a crash) is charged again at what it costs, and one that
-        was not planned at what the dearest of the run costs. If only some of the steps fit, so
+        was not planned at no less than any that was. If only some of the steps fit, so
         many of the first ones are granted.
 
         Raises:
@@ -257,6 +258,24 @@ class Ledger(DatasetLedger):
                 delta = self._state.budget(run.dataset).delta
         return epsilon_of(charged, delta) if is_private else math.inf
 
+    def knows_run(self, run_id: str) -> bool:
+        """Return whether a run was ever opened."""
+        with self._transaction(write=False):
+            return run_id in self._state.runs
+
+    def open_leases(self, run_id: str) -> list[Lease]:
+        """Return the leases of a run that are not settled, in the order they were granted.
+
+        A run that goes on after a crash takes them over instead of charging their steps again.
+        """
+        with self._transaction(write=False) as tx:
+            found = (
+                tx.by_lease(lease_id, "steps_reserved")
+                for lease_id, lease in self._state.leases.items()
+                if lease.run_id == run_id
+            )
+            return [_lease(entry) for entry in found if entry is not None]
+
     def run_steps(self, run_id: str) -> int:
         """Return how many steps are charged to a run; a lease that was never settled counts whole.
 
@@ -266,7 +285,7 @@ class Ledger(DatasetLedger):
         with self._transaction(write=False):
             return self._state.run(run_id).charged
 
-    def run_charges(self, run_id: str) -> dict[GaussianEvent, int]:
+    def run_charges(self, run_id: str) -> dict[PrivacyEvent, int]:
         """Return the steps charged to a run by event; without noise there are none.
 
         Raises:

@@ -10,8 +10,8 @@ from collections.abc import Mapping
 from dataclasses import dataclass, field, replace
 from typing import Any, Literal
 
-from dist_dp.accounting import GaussianEvent
 from dist_dp.errors import BudgetError, ConfigError, LedgerError
+from dist_dp.events import GaussianEvent, PrivacyEvent
 from dist_dp.run_charges import Rounding, RunState
 from dist_dp.step_costs import StepCosts, sum_of
 
@@ -63,7 +63,7 @@ class Spend:
 
     epsilon: float
     delta: float
-    steps_by_event: dict[GaussianEvent, int]
+    steps_by_event: dict[PrivacyEvent, int]
     runs: tuple[str, ...]
     non_private_runs: tuple[str, ...]
     budget_epsilon: float
@@ -143,9 +143,9 @@ class LedgerState:
     def counts(
         self,
         dataset: str,
-        extra: Mapping[str, Mapping[GaussianEvent, int]] | None = None,
+        extra: Mapping[str, Mapping[PrivacyEvent, int]] | None = None,
         rounding: Rounding | None = None,
-    ) -> dict[GaussianEvent, int]:
+    ) -> dict[PrivacyEvent, int]:
         """Return the steps charged to a data set by event, plus ``extra`` ones by run.
 
         With ``rounding`` the charge of every open run is rounded up, event by event.
@@ -232,4 +232,4 @@ def _costs(details: Mapping[str, Any]) -> StepCosts | None:
         if event is None:
             return None
         return StepCosts.constant(GaussianEvent(**event), int(details["planned_steps"]))
-    return None if details["segments"] is None else StepCosts.from_json(details["segments"])
+    return None if details["segments"] is None else StepCosts.from_json(details)

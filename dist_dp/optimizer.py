@@ -128,6 +128,8 @@ class PrivateOptimizer(torch.optim.Optimizer):
         self._recorded: list[tuple[float, float]] | None = None
         # Called at the end of a step's update: what runs beside it must be over by then.
         self.before_step_ends: list[Callable[[], None]] = []
+        # Called with each step's number and its dense sums, noised; see `dist_dp.trail`.
+        self.on_noised_sums: Callable[[int, Tensor], None] | None = None
         self._state = state
         self._norms: list[Tensor] = []
         for cut in cuts:
@@ -237,6 +239,8 @@ class PrivateOptimizer(torch.optim.Optimizer):
         step = self.step_in_flight
         with self.timer.phase("noise"):
             signal_to_noise = self._noise_dense(sums, step)
+            if self.on_noised_sums is not None:
+                self.on_noised_sums(step, sums.flat)
         # The noise is owed before the first gradient is in: should the update fail half-way, a
         # release still settles it.
         self.record_step()

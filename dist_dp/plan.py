@@ -13,9 +13,10 @@ from typing import ClassVar, Literal, Self
 
 from pydantic import Field, field_validator, model_validator
 
-from dist_dp.accounting import GaussianEvent, epsilon_of
+from dist_dp.accounting import epsilon_of
 from dist_dp.calibration import calibrate_noise_multiplier
 from dist_dp.errors import ConfigError
+from dist_dp.events import GaussianEvent, PrivacyEvent
 from dist_dp.noise_grid import (
     check_spacing,
     dense_spacing,
@@ -173,7 +174,7 @@ class PrivacyPlan(PlainModel):
         """
         if step < 1:
             raise ValueError(f"step: {step} given; the first step is 1")
-        return 0.0 if self.mechanism == "none" else self.step_costs().at(step).noise_multiplier
+        return 0.0 if self.mechanism == "none" else self.event_at(step).noise_multiplier
 
     def noise_multiplier_range(self) -> tuple[float, float]:
         """The least and the greatest noise multiplier of any step; zeros with mechanism `none`.
@@ -183,7 +184,9 @@ class PrivacyPlan(PlainModel):
         """
         if self.mechanism == "none":
             return 0.0, 0.0
-        multipliers = [event.noise_multiplier for event in self.events()]
+        multipliers = [
+            event.noise_multiplier for event in self.events() if isinstance(event, GaussianEvent)
+        ]
         return min(multipliers), max(multipliers)
 
     def noise_on_sum_at(self, step: int) -> float:
@@ -279,13 +282,15 @@ class PrivacyPlan(PlainModel):
 
     def event_at(self, step: int) -> GaussianEvent:
         """Return what a step costs; see `step_costs` for errors."""
-        return self.step_costs().at(step)
+        event = self.step_costs().at(step)
+        assert isinstance(event, GaussianEvent)
+        return event
 
-    def events(self, steps: int | None = None) -> dict[GaussianEvent, int]:
+    def events(self, steps: int | None = None) -> dict[PrivacyEvent, int]:
         """Return what the first ``steps`` steps (all by default) cost; see `step_costs`."""
         return self.step_costs().between(1, self.steps if steps is None else steps)
 
-    def epsilon(self, charged: Mapping[GaussianEvent, int] | None = None) -> float:
+    def epsilon(self, charged: Mapping[PrivacyEvent, int] | None = None) -> float:
         """Return ε at the plan's δ.
 
         Args:
@@ -305,6 +310,6 @@ class PrivacyPlan(PlainModel):
             raise ConfigError(f"delta is not set: give delta (below 1/num_{self.unit}s)")
         return epsilon_of(events, self.delta, accountant=self.accountant)
 
-    def statement(self, charged: Mapping[GaussianEvent, int] | None = None) -> str:
+    def statement(self, charged: Mapping[PrivacyEvent, int] | None = None) -> str:
         """Return the guarantee in plain English, for cards and reports; see `epsilon`."""
         return statement_of(self, charged)

@@ -30,8 +30,8 @@ from dist_dp.release_progress import Report
 from dist_dp.release_tables import write_tables
 
 if TYPE_CHECKING:
-    from dist_dp.accounting import GaussianEvent
     from dist_dp.engine import PrivacyEngine
+    from dist_dp.events import PrivacyEvent
     from dist_dp.private_model import PrivateModel
 
 FORMAT = "dist-dp-release"
@@ -208,7 +208,7 @@ def _manifest(
     }
 
 
-def privacy_statement(engine: PrivacyEngine, charged: Mapping[GaussianEvent, int] | None) -> str:
+def privacy_statement(engine: PrivacyEngine, charged: Mapping[PrivacyEvent, int] | None) -> str:
     """The plan's statement for the steps charged, or what takes its place with a given secret."""
     if engine.secret_is_given and engine.parts.plan.is_private:
         return (

@@ -7,7 +7,7 @@ from collections.abc import Mapping
 from decimal import ROUND_CEILING, Decimal
 from typing import TYPE_CHECKING
 
-from dist_dp.accounting import GaussianEvent
+from dist_dp.events import PrivacyEvent
 from dist_dp.noise_grid import spacing_text
 
 if TYPE_CHECKING:
@@ -43,7 +43,7 @@ def not_covered(plan: PrivacyPlan) -> tuple[str, ...]:
     return (*NOT_COVERED, person, number, bits)
 
 
-def statement_of(plan: PrivacyPlan, charged: Mapping[GaussianEvent, int] | None = None) -> str:
+def statement_of(plan: PrivacyPlan, charged: Mapping[PrivacyEvent, int] | None = None) -> str:
     """Write the guarantee for cards and reports.
 
     Args:

@@ -130,6 +130,9 @@ def plan(
     num_records: Annotated[
         int | None, typer.Option(min=1, help="Training records, to plan without the data.")
     ] = None,
+    num_users: Annotated[
+        int | None, typer.Option(min=1, help="Or their users, with privacy.unit user.")
+    ] = None,
     epsilon: EpsilonOption = None,
     delta: DeltaOption = None,
     num_workers: WorkersOption = None,
@@ -166,7 +169,9 @@ def plan(
         },
     )
     speed = Speed(machine, pooling, network_gbits, latency_us)
-    report = make_report(resolved, num_records=num_records, speed=speed, verbose=verbose)
+    report = make_report(
+        resolved, num_records=num_records, num_users=num_users, speed=speed, verbose=verbose
+    )
     if json_output:
         print(json.dumps(report, indent=2))
     else:
@@ -256,6 +261,7 @@ def convert(
         split={name: share for name, share in data.split.items() if share > 0},
         split_seed=data.split_seed,
         skip_bad_rows=skip_bad_rows or data.skip_bad_rows,
+        user=data.user,
     )
     rows = ", ".join(f"{name} {info.rows:,}" for name, info in manifest.splits.items())
     print(f"{to}: {rows}")
@@ -266,9 +272,14 @@ def convert(
 @app.command()
 @readable_errors
 def generate(
-    out: Annotated[Path, typer.Argument(help="TSV file to write, in Criteo's layout.")],
+    out: Annotated[
+        Path, typer.Argument(help="File to write: TSV in Criteo's layout, or .parquet.")
+    ],
     records: Annotated[int, typer.Option(min=1, help="Number of records.")] = 100_000,
     seed: Annotated[int, typer.Option(help="Seed of records and truth.")] = 0,
+    users: Annotated[
+        int, typer.Option(min=0, help="Users whose the records are, for a .parquet file.")
+    ] = 0,
 ) -> None:
     """Generate click logs with a planted truth whose best AUC is known."""
     from dist_dp.datasets.synthetic import write_criteo_like
@@ -277,7 +288,7 @@ def generate(
     for path in (out, Path(f"{out}.truth.json")):
         if path.exists():
             raise DataError(f"'{path}' exists; choose another file, or remove it first")
-    truth = write_criteo_like(out, records, seed=seed)
+    truth = write_criteo_like(out, records, seed=seed, num_users=users)
     print(
         f"{out}: {records:,} records, click rate {truth['click_rate']:.3f}, best possible AUC "
         f"{truth['best_auc']:.4f}"

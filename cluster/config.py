@@ -59,6 +59,8 @@ class DataConfig(_Section):
             Runs on the same records must use the same name: they share its budget.
         format: ``auto``, ``criteo``, ``movielens-100k``, ``movielens-1m`` or ``parquet``.
         columns: Label and features; needed for Parquet, else the format's own.
+        user: Column with the key of each record's user, for ``privacy.unit: user``; a hash of it is
+            stored with the record.
         num_embeddings: Rows by table name.
         max_num_embeddings: Cap on the rows of every hashed table.
         split: Fractions of train, valid and test.
@@ -71,6 +73,7 @@ class DataConfig(_Section):
     name: Annotated[str, Field(min_length=1)] | None = None
     format: Literal["auto", "criteo", "movielens-100k", "movielens-1m", "parquet"] = "auto"
     columns: DataSchema | None = None
+    user: Annotated[str, Field(min_length=1)] | None = None
     num_embeddings: dict[str, Annotated[int, Field(ge=1)]] = {}
     max_num_embeddings: Annotated[int, Field(ge=1)] | None = None
     split: dict[Literal["train", "valid", "test"], Fraction] = {
@@ -88,6 +91,11 @@ class DataConfig(_Section):
             raise ValueError("split: fractions must sum to 1, with train above 0")
         if self.format == "parquet" and self.columns is None:
             raise ValueError("columns: Parquet has no schema of its own; declare label and sparse")
+        if self.user is not None and self.format == "criteo":
+            raise ValueError(
+                "user: the Criteo layout does not say whose a record is; convert the logs to "
+                "Parquet with a column of users, or remove user"
+            )
         return self
 
 
@@ -147,7 +155,10 @@ class PrivacyConfig(_Section):
     Attributes:
         mechanism: ``lazydp``, ``dpsgd`` or ``none``.
         epsilon: Target ε; the noise is calibrated to it. Or give ``noise_multiplier``.
-        delta: δ; by default 0.1 / number of training records.
+        unit: What is protected: one ``record``, or one ``user`` with all its records. With users,
+            ``train.expected_batch_size``, epochs and δ count users.
+        max_records_per_user: Most records of a user in a step, for unit ``user``.
+        delta: δ; by default 0.1 / number of units in the training records.
         noise_multiplier: σ, instead of ``epsilon``; the largest of any step.
         max_grad_norm: Clip norm C over all parameters together.
         clip_schedule: Factor of ``max_grad_norm`` by step, as the learning rate's schedule with
@@ -155,7 +166,7 @@ class PrivacyConfig(_Section):
         noise_multiplier_schedule: Factor of ``noise_multiplier``, given or calibrated, by step,
             likewise with base 1; rounded up to 16 levels. ε is that of what is drawn.
         accountant: ``pld`` (tight) or ``rdp`` (for comparison).
-        allow_large_delta: Accept δ ≥ 1 / number of records all the same.
+        allow_large_delta: Accept δ ≥ 1 / number of units all the same.
         dataset_budget: Total of the data set, if the ledger does not know it yet; by default
             what this run will spend.
         stop_at_budget: Start although the data set's budget does not allow all steps, and stop
@@ -165,6 +176,8 @@ class PrivacyConfig(_Section):
     """
 
     mechanism: Literal["none", "dpsgd", "lazydp"] = "lazydp"
+    unit: Literal["record", "user"] = "record"
+    max_records_per_user: Annotated[int, Field(ge=1)] | None = None
     epsilon: float | None = None
     delta: float | None = None
     noise_multiplier: Annotated[float, Field(gt=0)] | None = None
@@ -199,6 +212,15 @@ class PrivacyConfig(_Section):
 
     @model_validator(mode="after")
     def _check(self) -> PrivacyConfig:
+        if self.unit == "user" and self.max_records_per_user is None:
+            raise ValueError(
+                "max_records_per_user: is missing; unit 'user' needs the most records that a user "
+                "may have in a step"
+            )
+        if self.unit == "record" and self.max_records_per_user is not None:
+            raise ValueError(
+                "max_records_per_user: goes with unit 'user'; set unit, or remove it (as null)"
+            )
         if self.mechanism == "none":
             if self.epsilon is not None or self.noise_multiplier is not None:
                 raise ValueError(
@@ -239,7 +261,8 @@ class TrainConfig(_Section):
     Attributes:
         epochs: Expected passes over the training records; or give ``steps``.
         steps: Number of steps.
-        expected_batch_size: Mean Poisson batch, over all workers.
+        expected_batch_size: Mean Poisson batch, over all workers, in units of privacy (records, or
+            users with ``privacy.unit: user``).
         micro_batch_size: Most examples that a worker sees at a time; a batch then comes in parts
             and needs less memory for dense layers, with the same result. By default whole.
         learning_rate: Schedule of the tables; a number is a constant rate.
@@ -386,6 +409,13 @@ class RunConfig(_Section):
             raise ValueError(
                 "noise.grid: mechanism 'none' adds no noise to put on a grid; remove it, or choose "
                 "lazydp"
+            )
+        most, part = self.privacy.max_records_per_user, self.train.micro_batch_size
+        if most is not None and part is not None and part < most:
+            raise ValueError(
+                f"train.micro_batch_size: {part} is below privacy.max_records_per_user {most}; a "
+                "user's records are clipped together, so they come in one part: raise it, or lower "
+                "max_records_per_user"
             )
         if self.train.momentum and self.noise.grid is not None:
             raise ValueError("noise.grid: does not go with train.momentum; remove one of them")

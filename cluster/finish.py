@@ -79,7 +79,8 @@ def finish(run: Run) -> None:
         run.folder / RELEASE,
         model_info={
             "model": run.config.model.model_dump(mode="json"),
-            "columns": run.job.columns,
+            # Whoever scores records with the model need not say whose they are.
+            "columns": {**run.job.columns, "user": None},
         },
         facts=facts,
         progress=run.report_release,

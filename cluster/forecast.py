@@ -59,6 +59,7 @@ def forecast_step(
     dense: DenseShape,
     plan: PrivacyPlan,
     speed: Speed,
+    records: float | None = None,
 ) -> dict[str, Any]:
     """Predicted time of a step on CPUs, of the slowest worker; see docs/cost-model.md.
 
@@ -70,6 +71,8 @@ def forecast_step(
         dense: The model outside its tables.
         plan: The privacy plan.
         speed: What to assume.
+        records: Records of a step, where the plan's batch counts users. What it costs to clip them
+            by user is not counted.
 
     Returns:
         Simple types: ``step_ms`` and ``phases_ms``, ``none_ms`` for the same step without privacy,
@@ -77,13 +80,14 @@ def forecast_step(
     """
     workers = config.cluster.num_workers
     rates = speed.rates(config.cluster.threads_per_worker)
+    records = plan.expected_batch_size if records is None else records
 
     def of(mechanism: str) -> tuple[dict[str, float], Any]:
         found = workloads(
             mechanism,
             tables,
             dense,
-            expected_batch_size=plan.expected_batch_size,
+            expected_batch_size=records,
             workers=workers,
             pooling=speed.pooling,
         )
@@ -98,7 +102,7 @@ def forecast_step(
         "step_ms": 1e3 * seconds["total"],
         "phases_ms": {k: 1e3 * v for k, v in seconds.items() if k != "total"},
         "none_ms": 1e3 * floor["total"],
-        "examples_per_second": plan.expected_batch_size / seconds["total"],
+        "examples_per_second": records / seconds["total"],
         "ratio_to_none": floor["total"] / seconds["total"],
         "release_seconds": release_seconds(workload, rates),
         "work": {

@@ -129,6 +129,7 @@ def make_summary(run: Run, metrics: dict[str, float], split: str | None) -> dict
     charged = run.engine.charged_events()
     peaks = _gather(peak_memory_bytes(run.device))
     sharding = _sharding(run)
+    records = plan.expected_batch_size * run.engine.records_per_unit
     private = plan.is_private and not run.engine.secret_is_given
     # The first steps pay for warming up; the median does not care.
     seconds = statistics.median(run.step_seconds) if run.step_seconds else float("nan")
@@ -147,8 +148,11 @@ def make_summary(run: Run, metrics: dict[str, float], split: str | None) -> dict
         "noise_multiplier": plan.noise_multiplier,
         "noise_multiplier_range": list(plan.noise_multiplier_range()),
         "max_grad_norm": plan.max_grad_norm if plan.mechanism != "none" else None,
-        "num_records": plan.num_records,
+        "num_records": len(run.train_set),
+        "num_users": plan.num_users,
+        "max_records_per_user": plan.max_records_per_user,
         "expected_batch_size": plan.expected_batch_size,
+        "expected_records": records,
         "sample_rate": plan.sample_rate,
         "sampling": plan.sampling,
         "steps": steps,
@@ -160,7 +164,7 @@ def make_summary(run: Run, metrics: dict[str, float], split: str | None) -> dict
         "log_loss": finite(metrics.get("log_loss")),
         "calibration": finite(metrics.get("calibration")),
         "evaluated_examples": int(metrics.get("examples", 0)),
-        "examples_per_second": finite(plan.expected_batch_size / seconds),
+        "examples_per_second": finite(records / seconds),
         "step_ms": finite(1e3 * seconds),
         "phases_ms": phases,
         "peak_memory_bytes": peaks,

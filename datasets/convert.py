@@ -14,7 +14,6 @@ import numpy as np
 from numpy.typing import NDArray
 
 from dist_dp.datasets.manifest import (
-    FORMAT_VERSION,
     MANIFEST_NAME,
     FileIdentity,
     Manifest,
@@ -43,6 +42,7 @@ def convert(
     skip_bad_rows: bool = False,
     progress: bool = True,
     overwrite: bool = False,
+    user: str | None = None,
 ) -> Manifest:
     """Converts a source to a store of memory-mapped Arrow files, unless that is done already.
 
@@ -63,6 +63,8 @@ def convert(
         skip_bad_rows: Leave bad rows out and count them in ``skipped_rows``, instead of an error.
         progress: Show a progress bar on stderr if that is a terminal.
         overwrite: Replace a store that does not fit.
+        user: Column with the key of each record's user, in place of the schema's; a hash of the key
+            is stored.
 
     Returns:
         The manifest.
@@ -72,7 +74,12 @@ def convert(
         ConfigError: Impossible fractions, or a schema that does not fit the format.
     """
     reader = open_reader(
-        source, format, schema, skip_bad_rows=skip_bad_rows, split_seed=_checked_seed(split_seed)
+        source,
+        format,
+        schema,
+        skip_bad_rows=skip_bad_rows,
+        split_seed=_checked_seed(split_seed),
+        user=user,
     )
     return write_store(reader, destination, split=split, progress=progress, overwrite=overwrite)
 
@@ -102,7 +109,7 @@ def write_store(
             if reader.identity() != identity:
                 raise DataError(f"{reader.path}: changed while it was read; convert it again")
             manifest = Manifest(
-                format_version=FORMAT_VERSION,
+                format_version=1 if reader.schema.user is None else 2,
                 source_format=reader.format,
                 source=identity,
                 schema=reader.schema,
@@ -141,7 +148,8 @@ def _reused(
         for what, same in (
             ("source", manifest.source == identity),
             ("format", manifest.source_format == reader.format),
-            ("schema", manifest.data_schema.storage_hash() == reader.schema.storage_hash()),
+            ("column of users", reader.schema.user in (None, manifest.data_schema.user)),
+            ("schema", _features(manifest.data_schema) == _features(reader.schema)),
             ("split", manifest.split == split and manifest.split_seed == reader.split_seed),
             ("skip_bad_rows", reader.skip_bad_rows or not manifest.skipped_rows),
         )
@@ -155,7 +163,13 @@ def _reused(
             "choose another destination, or pass overwrite=True to replace it"
         )
     check_schema_fits(manifest, reader.schema, destination)
-    return manifest.model_copy(update={"data_schema": reader.schema})
+    schema = reader.schema.with_user(manifest.data_schema.user)
+    return manifest.model_copy(update={"data_schema": schema})
+
+
+def _features(schema: DataSchema) -> str:
+    """What two schemas share that differ in the column of users only."""
+    return schema.with_user(None).storage_hash()
 
 
 def _checked_seed(seed: int) -> int:

@@ -36,8 +36,15 @@ def check_whole_run_fits(accountant: Any, dataset: str, plan: PrivacyPlan) -> No
         plan: A plan with noise.
 
     Raises:
-        BudgetError: What is left of the data set's budget does not cover every planned step.
+        BudgetError: What is left of the data set's budget does not cover every planned step, or
+            counts another unit of privacy.
     """
+    for budget in accountant.datasets():
+        if budget.name == dataset and budget.unit != plan.unit:
+            raise BudgetError(
+                f"data set '{dataset}' is registered with unit of privacy '{budget.unit}', not "
+                f"'{plan.unit}': one budget counts one unit; train with privacy.unit {budget.unit}"
+            )
     spend = accountant.spent(dataset)
     fits = max_steps(
         plan.step_costs(), 1, plan.steps, spend.steps_by_event, spend.budget_epsilon, spend.delta
@@ -153,7 +160,8 @@ def open_account(
                     accountant.register_dataset(
                         dataset,
                         fingerprint=fingerprint or f"named:{dataset}",
-                        num_records=plan.num_records,
+                        num_records=plan.num_units,
+                        unit=plan.unit,
                         epsilon=budget[0] if budget else plan.target_epsilon or plan.epsilon(),
                         delta=budget[1] if budget else plan.delta,
                         explicit=budget is not None,

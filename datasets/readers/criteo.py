@@ -59,6 +59,12 @@ class CriteoReader(Reader):
                 column as a number, or declares a ragged feature.
         """
         schema = schema or default_schema()
+        if schema.user is not None:
+            raise ConfigError(
+                f"user {schema.user!r}: the Criteo layout does not say whose a record is, so users "
+                "cannot be protected in it, only records; convert the logs to Parquet with a "
+                "column of users, or remove user"
+            )
         for column in schema.source_columns():
             if column not in COLUMNS:
                 raise ConfigError(

@@ -9,6 +9,7 @@ from typing import Annotated, Any, Literal
 import typer
 
 from dist_dp.cluster.bench.commands import bench_app
+from dist_dp.cluster.node_commands import cluster_app
 from dist_dp.cluster.readable_errors import readable_errors
 
 app = typer.Typer(
@@ -20,6 +21,7 @@ app = typer.Typer(
 budget_app = typer.Typer(help="Look at and set the privacy budgets in the ledger.")
 app.add_typer(budget_app, name="budget", no_args_is_help=True)
 app.add_typer(bench_app, name="bench", no_args_is_help=True)
+app.add_typer(cluster_app, name="cluster", no_args_is_help=True)
 
 ConfigOption = Annotated[
     Path | None, typer.Option("--config", "-c", help="YAML file; see examples/.")

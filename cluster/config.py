@@ -317,6 +317,9 @@ class ClusterConfig(_Section):
             ``grid``; by default all. A run asks Ray how many there are.
         address: A running Ray cluster (``auto``, ``ray://…`` or host:port); by default one is
             started on this machine.
+        placement: ``spread`` over as many nodes as there are, or ``pack`` on few.
+        workers_off_head: No worker on the driver's node, where the ledger and its accountant are
+            (for a submitted job, the head of the cluster).
         use_gpu: A GPU for each worker; by default if this machine has that many.
         cpus_per_worker: CPUs that Ray reserves for each worker.
         threads_per_worker: Threads of PyTorch in each worker; by default a fair share.
@@ -325,6 +328,8 @@ class ClusterConfig(_Section):
     num_workers: Annotated[int, Field(ge=1)] = 1
     workers_per_node: Annotated[int, Field(ge=1)] | None = None
     address: str | None = None
+    placement: Literal["pack", "spread"] = "pack"
+    workers_off_head: bool = False
     use_gpu: bool | None = None
     cpus_per_worker: Annotated[float, Field(gt=0)] = 1
     threads_per_worker: Annotated[int, Field(ge=1)] | None = None

@@ -18,6 +18,7 @@ from dist_dp.cluster.config import CHANGEABLE, ClusterConfig, RunConfig, load_co
 from dist_dp.cluster.job import Job
 from dist_dp.cluster.metrics_log import METRICS_FILE
 from dist_dp.cluster.monitor import start_monitor
+from dist_dp.cluster.placement import scaling
 from dist_dp.cluster.prepare import Prepared, prepare
 from dist_dp.cluster.quiet import environment
 from dist_dp.cluster.ray_session import ray_session
@@ -250,19 +251,11 @@ def fit_workers(
     from ray.train import FailureConfig, RunConfig, ScalingConfig
     from ray.train.torch import TorchConfig, TorchTrainer
 
-    use_gpu = bool(cluster.use_gpu)
     trainer = TorchTrainer(
         loop,
         train_loop_config=values,
-        torch_config=TorchConfig(backend="nccl" if use_gpu else "gloo"),
-        scaling_config=ScalingConfig(
-            num_workers=cluster.num_workers,
-            use_gpu=use_gpu,
-            resources_per_worker={
-                "CPU": cluster.cpus_per_worker,
-                **({"GPU": 1} if use_gpu else {}),
-            },
-        ),
+        torch_config=TorchConfig(backend="nccl" if cluster.use_gpu else "gloo"),
+        scaling_config=ScalingConfig(**scaling(cluster)),
         run_config=RunConfig(
             name=job.run_name,
             storage_path=str(Path(job.run_folder) / ".ray"),

@@ -1,0 +1,33 @@
+"""Ray on the loopback address, and nowhere else.
+
+Ray takes ``127.0.0.1`` for "this machine as others see it", and a node that others can see listens
+on every interface. Here the address is taken as it is written: nodes with it, and drivers that
+join them, are reachable from this machine alone.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+HOST = "127.0.0.1"
+START_HOOK = f"{__name__}.on_ray_start"
+"""For ``RAY_START_HOOK``: Ray calls it in ``ray start``, before anything is started."""
+
+
+def is_loopback(address: str) -> bool:
+    """Whether ``host:port`` names the loopback address."""
+    return address.rpartition(":")[0] in (HOST, "localhost")
+
+
+def take_literally() -> None:
+    """Keeps Ray in this process from replacing the loopback address by another one."""
+    from ray._private import services
+
+    services.resolve_ip_for_localhost = lambda host: HOST if host == "localhost" else host
+
+
+def on_ray_start(params: Any, _head: bool) -> None:
+    """Binds a node of ``ray start`` to the loopback address, without a server for Ray Client."""
+    take_literally()
+    params.node_ip_address = params.node_name = HOST
+    params.ray_client_server_port = None

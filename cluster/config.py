@@ -342,11 +342,15 @@ class OutputConfig(_Section):
         folder: Folder of all runs.
         name: Name of the run; by default data set and time.
         tensorboard: Also write TensorBoard events.
+        live_metrics: What Ray's metrics (for Prometheus) show: ``ledger``, what the privacy ledger
+            tells; ``all``, also losses and times, which are as private as the run folder; or
+            ``none`` of the run (the accountant shows budgets all the same).
     """
 
     folder: str = "runs"
     name: Annotated[str, Field(pattern=r"^[A-Za-z0-9][A-Za-z0-9._-]*$")] | None = None
     tensorboard: bool = True
+    live_metrics: Literal["none", "ledger", "all"] = "ledger"
 
 
 class RunConfig(_Section):

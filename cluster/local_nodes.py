@@ -169,7 +169,9 @@ def _start_node(cluster: LocalCluster, index: int, nodes: int) -> LocalCluster:
     options += ["--object-store-memory", str(store), "--dashboard-agent-listen-port", "0"]
     # Any free port: Ray's usual range would be the same for every node.
     options += ["--min-worker-port", "0", "--max-worker-port", "0"]
-    inherited = {k: v for k, v in os.environ.items() if not k.startswith("RAY_")}
+    # Another cluster's address and token are not this one's.
+    foreign = ("RAY_ADDRESS", "RAY_AUTH_", "RAY_NAMESPACE", "RAY_START_HOOK")
+    inherited = {k: v for k, v in os.environ.items() if not k.startswith(foreign)}
     environment = {
         **inherited,
         **node_environment(cluster.token_file),

@@ -47,6 +47,11 @@ class StepLeases:
         self.epsilon_charged = 0.0
         self.refusal: str | None = None
 
+    @property
+    def charged_until(self) -> int:
+        """Last step of the latest lease; 0 before the first."""
+        return self._until
+
     def cover(self, step: int) -> bool:
         """Charges a step if it is not yet; False when the budget does not allow it.
 

@@ -26,8 +26,16 @@ def take_literally() -> None:
     services.resolve_ip_for_localhost = lambda host: HOST if host == "localhost" else host
 
 
-def on_ray_start(params: Any, _head: bool) -> None:
+def on_ray_start(params: Any, head: bool) -> None:
     """Binds a node of ``ray start`` to the loopback address, without a server for Ray Client."""
     take_literally()
     params.node_ip_address = params.node_name = HOST
+    without_client_server(params, head)
+
+
+def without_client_server(params: Any, _head: bool) -> None:
+    """For ``RAY_START_HOOK`` on any node: does not open the port of Ray Client.
+
+    A run's driver is a process of the cluster; nothing here connects through that port.
+    """
     params.ray_client_server_port = None

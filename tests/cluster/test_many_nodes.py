@@ -5,6 +5,7 @@ from __future__ import annotations
 import http.client
 import importlib.util
 import json
+import os
 import re
 import subprocess
 import sys
@@ -41,6 +42,8 @@ def cluster(tmp_path_factory: pytest.TempPathFactory) -> Iterator[LocalCluster]:
     with pytest.MonkeyPatch.context() as patch:
         patch.setenv("XDG_STATE_HOME", str(tmp_path_factory.mktemp("state")))
         patch.setenv("RAY_metrics_report_interval_ms", "500")
+        # Workers import this folder's models.
+        patch.setenv("PYTHONPATH", f"{ROOT}:{os.environ.get('PYTHONPATH', '')}")
         result = run("cluster", "up", "--nodes", "3", "--cpus-per-node", "2")
         state = read_state()
         assert result.exit_code == 0 and state is not None, result.output
@@ -73,7 +76,7 @@ def trained(
     watcher.start()
     try:
         path = write_config(home, values)
-        process = start("train", "-c", path, "--name", "spread", folder=home, PYTHONPATH=str(ROOT))
+        process = start("train", "-c", path, "--name", "spread", folder=home)
         assert process.wait(timeout=180) == 0, (home / "err.txt").read_text()
     finally:
         time.sleep(1.5 if HAS_AGENTS else 0)
@@ -104,12 +107,13 @@ def _listening(cluster: LocalCluster) -> tuple[set[int], set[str]]:
     agents, addresses = set(), set()
     for node in cluster.nodes:
         for pid in node.members():
-            name = (Path("/proc") / str(pid) / "cmdline").read_bytes()
-            for link in (Path("/proc") / str(pid) / "fd").iterdir():
-                try:
-                    inode = re.fullmatch(r"socket:\[(\d+)\]", str(link.readlink()))
-                except OSError:
-                    continue
+            try:
+                name = (Path("/proc") / str(pid) / "cmdline").read_bytes()
+                links = [str(p.readlink()) for p in (Path("/proc") / str(pid) / "fd").iterdir()]
+            except OSError:  # It has ended, or closed something.
+                continue
+            for link in links:
+                inode = re.fullmatch(r"socket:\[(\d+)\]", link)
                 if inode and inode[1] in listening:
                     address, _, port = listening[inode[1]].partition(":")
                     addresses.add(address)
@@ -183,19 +187,6 @@ def test_prometheus_finds_what_is_promised_and_nothing_else(trained: tuple[Path,
     assert whole == {f"ray_{name}" for name in promised}
     assert re.search(r'ray_dist_dp_dataset_budget_epsilon\{[^}]*dataset="clicks"[^}]*\} 8\.0', text)
     assert re.search(r'ray_dist_dp_run_steps_charged\{[^}]*run="spread"[^}]*\} 12\.0', text)
-
-
-def test_a_run_that_finds_no_room_says_where(
-    cluster: LocalCluster, tmp_path: Path, clicks: Path
-) -> None:
-    values = small(
-        tmp_path, clicks, cluster={"address": "auto", "num_workers": 5, "workers_off_head": True}
-    )
-    process = start("train", "-c", write_config(tmp_path, values), folder=tmp_path)
-    assert process.wait(timeout=120) == 1
-    error = (tmp_path / "err.txt").read_text().splitlines()[-1]
-    for words in ("5 workers need 5 CPUs", "workers_off_head", "2 + 2, room for 4", "add nodes"):
-        assert words in error
 
 
 def test_down_stops_what_up_started_and_nothing_else(cluster: LocalCluster) -> None:

@@ -38,9 +38,13 @@ class Metric:
 
 
 LEDGER_METRICS: Mapping[str, Metric] = {
-    "dist_dp_dataset_budget_epsilon": Metric("gauge", ("dataset",), "Epsilon a data set may spend."),
+    "dist_dp_dataset_budget_epsilon": Metric(
+        "gauge", ("dataset",), "Epsilon a data set may spend."
+    ),
     "dist_dp_dataset_budget_delta": Metric("gauge", ("dataset",), "Delta of its budget."),
-    "dist_dp_dataset_spent_epsilon": Metric("gauge", ("dataset",), "Epsilon spent, an upper bound."),
+    "dist_dp_dataset_spent_epsilon": Metric(
+        "gauge", ("dataset",), "Epsilon spent, an upper bound."
+    ),
     "dist_dp_run_epsilon": Metric("gauge", ("dataset", "run"), "Epsilon charged to a run."),
     "dist_dp_run_steps_charged": Metric("gauge", ("dataset", "run"), "Last step charged."),
     "dist_dp_ledger_call_seconds": Metric("histogram", ("method",), "Time of a ledger's call."),

@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import contextlib
 import fcntl
+import importlib.util
 import json
 import os
 import secrets
@@ -39,6 +40,7 @@ class LocalCluster:
 
     Attributes:
         address: Of the head, for ``--address``.
+        jobs_address: Where ``ray job submit`` sends to; None without a job server.
         session_folder: Where Ray keeps sockets and logs.
         token_file: The token that the nodes ask for.
         cpus_per_node: CPUs of each node, as Ray counts them.
@@ -47,6 +49,7 @@ class LocalCluster:
     """
 
     address: str
+    jobs_address: str | None
     session_folder: str
     token_file: str
     cpus_per_node: int
@@ -90,18 +93,27 @@ def read_state() -> LocalCluster | None:
         ) from error
 
 
-def start_nodes(nodes: int, cpus_per_node: int, port: int | None = None) -> LocalCluster:
+def start_nodes(
+    nodes: int, cpus_per_node: int, port: int | None = None, jobs: bool = False
+) -> LocalCluster:
     """Starts a head and ``nodes - 1`` more nodes.
 
     Args:
         nodes: How many.
         cpus_per_node: CPUs of each, as Ray counts them; they may be more than the machine has.
         port: Of the head; a free one by default.
+        jobs: Also start Ray's job server (and with it the dashboard), on the loopback address too.
 
     Raises:
-        ConfigError: A cluster is up already, the port is taken, or the paths are too long.
+        ConfigError: A cluster is up already, the port is taken, the paths are too long, or a
+            package for the job server is missing.
         DistDpError: A node did not start.
     """
+    if jobs and not has_job_server():
+        raise ConfigError(
+            "--jobs: Ray's job server needs packages that are not installed; install them with: "
+            "pip install 'dist-dp[cluster]'"
+        )
     with _locked():
         known = read_state()
         if known is not None and known.is_up:
@@ -122,7 +134,13 @@ def start_nodes(nodes: int, cpus_per_node: int, port: int | None = None) -> Loca
         token = state_folder() / "cluster.token"
         _write_private(token, secrets.token_hex(32))
         cluster = LocalCluster(
-            f"{HOST}:{port}", str(folder), str(token), cpus_per_node, (), time.time()
+            address=f"{HOST}:{port}",
+            jobs_address=f"http://{HOST}:{_free_port()}" if jobs else None,
+            session_folder=str(folder),
+            token_file=str(token),
+            cpus_per_node=cpus_per_node,
+            nodes=(),
+            started_at=time.time(),
         )
         try:
             for index in range(nodes):
@@ -152,6 +170,11 @@ def stop_nodes() -> tuple[LocalCluster, list[int]]:
         return cluster, killed
 
 
+def has_job_server() -> bool:
+    """Whether what ``ray[default]`` brings is installed."""
+    return all(importlib.util.find_spec(name) for name in ("aiohttp_cors", "opencensus"))
+
+
 def node_environment(token_file: str) -> dict[str, str]:
     """What a process needs in its environment to be a node, or to join as a driver."""
     return {"RAY_AUTH_MODE": "token", "RAY_AUTH_TOKEN_PATH": token_file}
@@ -163,14 +186,18 @@ def _start_node(cluster: LocalCluster, index: int, nodes: int) -> LocalCluster:
     # Nodes share the machine: each gets its part of the 30 % that Ray takes for objects.
     store = max(100 << 20, int(0.3 * memory / nodes))
     head = ["--head", "--port", cluster.address.rpartition(":")[2]]
-    head += ["--include-dashboard", "false", "--disable-usage-stats"]
+    head += ["--include-dashboard", "false" if cluster.jobs_address is None else "true"]
+    head += ["--disable-usage-stats"]
+    if cluster.jobs_address is not None:
+        jobs_port = cluster.jobs_address.rpartition(":")[2]
+        head += ["--dashboard-host", HOST, "--dashboard-port", jobs_port]
     options = head if index == 0 else ["--address", cluster.address]
     options += ["--temp-dir", cluster.session_folder, "--num-cpus", str(cluster.cpus_per_node)]
     options += ["--object-store-memory", str(store), "--dashboard-agent-listen-port", "0"]
     # Any free port: Ray's usual range would be the same for every node.
     options += ["--min-worker-port", "0", "--max-worker-port", "0"]
     # Another cluster's address and token are not this one's.
-    foreign = ("RAY_ADDRESS", "RAY_AUTH_", "RAY_NAMESPACE", "RAY_START_HOOK")
+    foreign = ("RAY_ADDRESS", "RAY_AUTH_", "RAY_ENABLE_", "RAY_NAMESPACE", "RAY_START_HOOK")
     inherited = {k: v for k, v in os.environ.items() if not k.startswith(foreign)}
     environment = {
         **inherited,

@@ -7,6 +7,7 @@ join them, are reachable from this machine alone.
 
 from __future__ import annotations
 
+import os
 from typing import Any
 
 HOST = "127.0.0.1"
@@ -20,8 +21,12 @@ def is_loopback(address: str) -> bool:
 
 
 def take_literally() -> None:
-    """Keeps Ray in this process from replacing the loopback address by another one."""
-    from ray._private import services
+    """Keeps Ray in this process and its children from replacing the loopback address."""
+    from ray._private import ray_constants, services
+
+    # What Ray does on macOS; read when Ray is imported, so it is for children. A node's own process
+    # would refuse to join a cluster with it.
+    os.environ[ray_constants.ENABLE_RAY_CLUSTERS_ENV_VAR] = "0"
 
     services.resolve_ip_for_localhost = lambda host: HOST if host == "localhost" else host
 

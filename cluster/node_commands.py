@@ -22,16 +22,24 @@ def up(
     port: Annotated[
         int | None, typer.Option(min=1024, max=65535, help="Of the head; by default a free one.")
     ] = None,
+    jobs: Annotated[
+        bool, typer.Option("--jobs", help="Also start the server of 'ray job submit'.")
+    ] = False,
 ) -> None:
     """Start nodes that stay up until ``dist-dp cluster down``."""
     from dist_dp.cluster.local_nodes import start_nodes
 
     cpus = cpus_per_node or max(1, (os.cpu_count() or 1) // nodes)
-    cluster = start_nodes(nodes, cpus, port)
+    cluster = start_nodes(nodes, cpus, port, jobs)
+    submit = (
+        f"RAY_AUTH_MODE=token RAY_AUTH_TOKEN_PATH={cluster.token_file} ray job submit "
+        f"--address {cluster.jobs_address} -- dist-dp train --address auto …"
+    )
     print(
         f"{nodes} node(s) of {cpus} CPU(s) at {cluster.address}, on this machine alone\n"
         f"train on it:  dist-dp train --address {cluster.address} …  (or --address auto)\n"
-        f"its token:    {cluster.token_file}  (dist-dp finds it there)\n"
+        + (f"submit a job: {submit}\n" if cluster.jobs_address else "")
+        + f"its token:    {cluster.token_file}  (dist-dp finds it there)\n"
         "end it:       dist-dp cluster down"
     )
 
@@ -65,7 +73,9 @@ def status() -> None:
             "up" if node.is_alive else "ended",
         )
     since = datetime.fromtimestamp(cluster.started_at).strftime("%Y-%m-%d %H:%M:%S")
-    console.print(f"{cluster.address}, since {since}, logs in {cluster.session_folder}", soft_wrap=True)
+    console.print(
+        f"{cluster.address}, since {since}, logs in {cluster.session_folder}", soft_wrap=True
+    )
     console.print(table)
     ended = [str(i) for i, node in enumerate(cluster.nodes) if not node.is_alive]
     if ended:

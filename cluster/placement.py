@@ -69,8 +69,8 @@ def check_room(cluster: ClusterConfig) -> None:
     )
     if room < cluster.num_workers:
         raise ConfigError(
-            f"cluster.use_gpu: {cluster.num_workers} workers need a GPU each, with {each:g} CPUs on "
-            f"the same node; {where} has {sum(have.get('GPU', 0.0) for have in resources):g} GPUs, "
+            f"cluster.use_gpu: {cluster.num_workers} workers need a GPU each, with {each:g} CPUs "
+            f"beside it; {where} has {sum(have.get('GPU', 0.0) for have in resources):g} GPUs, "
             f"room for {room}; lower num_workers, or set use_gpu to false"
         )
 

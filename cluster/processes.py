@@ -62,10 +62,13 @@ class Process:
             return []
         found = []
         for entry in Path("/proc").iterdir():
-            stat = _stat(int(entry.name)) if entry.name.isdigit() else None
-            if stat is not None and stat.session == self.pid and stat.state not in "ZX":
-                if stat.started >= self.started and int(entry.name) != self.pid:
-                    found.append(int(entry.name))
+            if not entry.name.isdigit() or int(entry.name) == self.pid:
+                continue
+            stat = _stat(int(entry.name))
+            if stat is None or stat.session != self.pid or stat.state in "ZX":
+                continue
+            if stat.started >= self.started:
+                found.append(int(entry.name))
         leader = _stat(self.pid)
         reused = leader is not None and leader.started != self.started
         return [] if reused else found

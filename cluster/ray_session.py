@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import importlib
 import logging
 import os
 from collections.abc import Iterator
@@ -72,11 +73,10 @@ def _join_address(address: str) -> str:
     local = read_state()
     if local is None or not local.is_up or address not in ("auto", local.address):
         return address
-    from ray._raylet import AuthenticationTokenLoader, Config
-
     os.environ.update(node_environment(local.token_file))
     # Ray has read the environment when it was imported.
-    Config.initialize("")
-    AuthenticationTokenLoader.instance().reset_cache()
+    raylet: Any = importlib.import_module("ray._raylet")
+    raylet.Config.initialize("")
+    raylet.AuthenticationTokenLoader.instance().reset_cache()
     take_literally()
     return local.address

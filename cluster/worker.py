@@ -107,7 +107,9 @@ class _Run:
         if rank() == 0:
             self.link = MonitorLink(job.run_name)
             self.log = MetricsLog(self.folder, tensorboard=config.output.tensorboard)
-        self.note_step = start_run_metrics(config.output.live_metrics, job.run_name, self.loader.steps)
+        self.note_step = start_run_metrics(
+            config.output.live_metrics, job.run_name, self.loader.steps
+        )
         self.kernels = say_kernels(device)
         if self.link is not None and self.engine.mechanism_class.private:
             self.link.push(self.kernels)

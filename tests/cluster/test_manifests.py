@@ -52,7 +52,7 @@ def written_down(kind: str) -> Any:
 
 
 def published(kind: str) -> Any:
-    """The schema of a CRD file; Kubernetes knows ``apiVersion``, ``kind`` and metadata by itself."""
+    """The schema in one of the chart's files."""
     assert CRDS is not None
     crd = yaml.safe_load((Path(CRDS) / f"ray.io_{kind.lower()}s.yaml").read_text(encoding="utf-8"))
     version = next(v for v in crd["spec"]["versions"] if v["name"] == "v1")

@@ -1,9 +1,8 @@
-"""A local cluster of three nodes: started, trained on, looked at and stopped by the command line."""
+"""A local cluster of three nodes, started, trained on and stopped by the command line."""
 
 from __future__ import annotations
 
 import http.client
-import importlib.util
 import json
 import os
 import re
@@ -17,8 +16,14 @@ from pathlib import Path
 
 import pytest
 
-from dist_dp.cluster.local_nodes import LocalCluster, read_state
+from dist_dp.cluster.local_nodes import (
+    LocalCluster,
+    has_job_server,
+    node_environment,
+    read_state,
+)
 from dist_dp.cluster.processes import Process
+from dist_dp.datasets.store import ArrowStore
 from dist_dp.ledger import Ledger
 from tests.cluster.small import (
     ROOT,
@@ -32,8 +37,11 @@ from tests.cluster.small import (
 
 pytestmark = [pytest.mark.ray, pytest.mark.slow]
 
-# What `ray[default]` brings and the agents of a node need.
-HAS_AGENTS = all(importlib.util.find_spec(m) for m in ("aiohttp_cors", "opencensus"))
+SPLITS = ("train", "valid", "test")
+HAS_AGENTS = has_job_server()
+needs_agents = pytest.mark.skipif(
+    not HAS_AGENTS, reason="needs ray[default] (pip install 'dist-dp[cluster]')"
+)
 
 
 @pytest.fixture(scope="module")
@@ -44,7 +52,8 @@ def cluster(tmp_path_factory: pytest.TempPathFactory) -> Iterator[LocalCluster]:
         patch.setenv("RAY_metrics_report_interval_ms", "500")
         # Workers import this folder's models.
         patch.setenv("PYTHONPATH", f"{ROOT}:{os.environ.get('PYTHONPATH', '')}")
-        result = run("cluster", "up", "--nodes", "3", "--cpus-per-node", "2")
+        jobs = ["--jobs"] if HAS_AGENTS else []
+        result = run("cluster", "up", "--nodes", "3", "--cpus-per-node", "2", *jobs)
         state = read_state()
         assert result.exit_code == 0 and state is not None, result.output
         assert f"--address {state.address}" in result.output
@@ -86,14 +95,19 @@ def trained(
 
 
 def _scrape(cluster: LocalCluster, into: list[str], done: threading.Event) -> None:
-    """Reads every port of the cluster's agents, as Prometheus would."""
-    while HAS_AGENTS and not done.wait(0.5):
+    """Reads the metrics ports of the nodes, as Prometheus would."""
+    speaks: dict[int, bool] = {}
+    while HAS_AGENTS and not done.wait(1.0):
         for port in _listening(cluster)[0]:
+            if not speaks.get(port, True):
+                continue
             try:
                 url = f"http://127.0.0.1:{port}/metrics"
-                into.append(urllib.request.urlopen(url, timeout=1).read().decode())
-            except (OSError, ValueError, http.client.HTTPException):  # a port for something else
-                continue
+                text = urllib.request.urlopen(url, timeout=1).read().decode()
+            except (OSError, ValueError, http.client.HTTPException):
+                text = ""
+            speaks[port] = "ray_" in text  # Agents have ports for other things, too.
+            into.append(text)
 
 
 def _listening(cluster: LocalCluster) -> tuple[set[int], set[str]]:
@@ -135,6 +149,8 @@ def test_nodes_are_private_to_the_user_and_the_machine(cluster: LocalCluster) ->
 
 
 def test_a_second_cluster_is_refused_and_the_first_shown(cluster: LocalCluster) -> None:
+    if not HAS_AGENTS:
+        assert_one_line_error(run("cluster", "up", "--jobs"), "job server", "pip install")
     assert_one_line_error(run("cluster", "up"), cluster.address, "up already", "cluster down")
     shown = run("cluster", "status")
     assert shown.exit_code == 0 and cluster.address in shown.output
@@ -172,7 +188,7 @@ def _names(node: Process) -> list[str]:
     return [(Path("/proc") / str(p) / "cmdline").read_text() for p in node.members()]
 
 
-@pytest.mark.skipif(not HAS_AGENTS, reason="needs ray[default] (pip install 'dist-dp[cluster]')")
+@needs_agents
 def test_prometheus_finds_what_is_promised_and_nothing_else(trained: tuple[Path, str]) -> None:
     from dist_dp.cluster.live_metrics import LEDGER_METRICS, RUN_METRICS
 
@@ -187,6 +203,30 @@ def test_prometheus_finds_what_is_promised_and_nothing_else(trained: tuple[Path,
     assert whole == {f"ray_{name}" for name in promised}
     assert re.search(r'ray_dist_dp_dataset_budget_epsilon\{[^}]*dataset="clicks"[^}]*\} 8\.0', text)
     assert re.search(r'ray_dist_dp_run_steps_charged\{[^}]*run="spread"[^}]*\} 12\.0', text)
+
+
+@needs_agents
+def test_a_submitted_job_runs_on_the_head_and_joins(
+    cluster: LocalCluster, clicks: Path, tmp_path: Path
+) -> None:
+    assert cluster.jobs_address is not None
+    script = Path(sys.executable).with_name("dist-dp")
+    program = [str(script), "convert", str(clicks), "--to", str(tmp_path / "store")]
+    # RAY_ADDRESS tells a job which cluster it is of; with `auto` nothing else has to.
+    program += ["--distributed", "--address", "auto"]
+    submit = ["job", "submit", "--address", cluster.jobs_address, "--", *program]
+    command = [sys.executable, "-m", "ray.scripts.scripts", *submit]
+    clean = {k: v for k, v in os.environ.items() if not k.startswith("RAY_")}
+    secret = Path(cluster.token_file).read_text()
+    assert secret not in " ".join(command)
+    refused = subprocess.run(
+        command, env={**clean, "RAY_AUTH_MODE": "disabled"}, capture_output=True, timeout=60
+    )
+    assert refused.returncode != 0 and not (tmp_path / "store").exists()
+    env = {**clean, **node_environment(cluster.token_file)}
+    done = subprocess.run(command, env=env, capture_output=True, text=True, timeout=120)
+    assert done.returncode == 0 and "succeeded" in done.stdout, done.stdout + done.stderr
+    assert sum(ArrowStore.open(tmp_path / "store").manifest.splits[s].rows for s in SPLITS) == 2000
 
 
 def test_down_stops_what_up_started_and_nothing_else(cluster: LocalCluster) -> None:

@@ -50,7 +50,7 @@ def test_workers_off_the_head_need_other_nodes(monkeypatch: pytest.MonkeyPatch) 
     with pytest.raises(ConfigError, match=r"need a GPU each.*has 1 GPUs, room for 1"):
         room(num_workers=2, use_gpu=True, workers_off_head=True)
     Nodes(monkeypatch, {"CPU": 8.0}, {})
-    with pytest.raises(ConfigError, match="no node beside the driver's.*add a node"):
+    with pytest.raises(ConfigError, match=r"no node beside the driver's.*add a node"):
         room(workers_off_head=True)
 
 

@@ -14,6 +14,7 @@ from pathlib import Path
 from typing import Any
 
 from dist_dp.accountant import READING, WRITING, Accountant
+from dist_dp.cluster.live_metrics import LedgerMetrics
 from dist_dp.errors import DistDpError, LedgerError
 from dist_dp.ledger import Ledger
 
@@ -33,6 +34,7 @@ class AccountantActor:
     def __init__(self, ledger_path: str) -> None:
         self._path = Path(ledger_path)
         self._ledger: Ledger | None = None
+        self._metrics = LedgerMetrics()
 
     def call(self, method: str, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
         """Call one of the ledger's methods."""
@@ -40,7 +42,7 @@ class AccountantActor:
             raise LedgerError(f"the accountant has no method {method!r}")
         if self._ledger is None:
             self._ledger = Ledger(self._path)
-        return getattr(self._ledger, method)(*args, **kwargs)
+        return self._metrics.call(self._ledger, method, args, kwargs)
 
     def pid(self) -> int:
         """Return the process of the actor."""

@@ -340,6 +340,9 @@ class ClusterConfig(_Section):
             ``grid``; by default all. A run asks Ray how many there are.
         address: A running Ray cluster (``auto``, ``ray://…`` or host:port); by default one is
             started on this machine.
+        placement: ``spread`` over as many nodes as there are, or ``pack`` on few.
+        workers_off_head: No worker on the driver's node, where the ledger and its accountant are
+            (for a submitted job, the head of the cluster).
         use_gpu: A GPU for each worker; by default if this machine has that many.
         cpus_per_worker: CPUs that Ray reserves for each worker.
         threads_per_worker: Threads of PyTorch in each worker; by default a fair share.
@@ -356,6 +359,8 @@ class ClusterConfig(_Section):
     num_workers: Annotated[int, Field(ge=1)] = 1
     workers_per_node: Annotated[int, Field(ge=1)] | None = None
     address: str | None = None
+    placement: Literal["pack", "spread"] = "pack"
+    workers_off_head: bool = False
     use_gpu: bool | None = None
     cpus_per_worker: Annotated[float, Field(gt=0)] = 1
     threads_per_worker: Annotated[int, Field(ge=1)] | None = None
@@ -379,11 +384,15 @@ class OutputConfig(_Section):
         folder: Folder of all runs.
         name: Name of the run; by default data set and time.
         tensorboard: Also write TensorBoard events.
+        live_metrics: What Ray's metrics (for Prometheus) show: ``ledger``, what the privacy ledger
+            tells; ``all``, also losses and times, which are as private as the run folder; or
+            ``none`` of the run (the accountant shows budgets all the same).
     """
 
     folder: str = "runs"
     name: Annotated[str, Field(pattern=r"^[A-Za-z0-9][A-Za-z0-9._-]*$")] | None = None
     tensorboard: bool = True
+    live_metrics: Literal["none", "ledger", "all"] = "ledger"
 
 
 class RunConfig(_Section):

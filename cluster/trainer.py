@@ -20,6 +20,7 @@ from dist_dp.cluster.finish import checkpoint_folder
 from dist_dp.cluster.job import Job
 from dist_dp.cluster.metrics_log import METRICS_FILE
 from dist_dp.cluster.monitor import start_monitor
+from dist_dp.cluster.placement import scaling
 from dist_dp.cluster.prepare import Prepared, prepare
 from dist_dp.cluster.quiet import environment
 from dist_dp.cluster.ray_session import ray_session
@@ -257,26 +258,16 @@ def fit_workers(
     from ray.train import FailureConfig, RunConfig, ScalingConfig
     from ray.train.torch import TorchConfig, TorchTrainer
 
-    use_gpu = bool(cluster.use_gpu)
     # Without checkpoints there is nothing to go on from.
     goes_on = job.run_config.train.checkpoint_every > 0
-    workers: int | tuple[int, int] = cluster.num_workers
-    if cluster.min_workers is not None and cluster.min_workers < cluster.num_workers:
-        workers = (cluster.min_workers, cluster.num_workers)
     trainer = TorchTrainer(
         loop,
         train_loop_config=values,
         torch_config=TorchConfig(
-            backend="nccl" if use_gpu else "gloo", timeout_s=max(1, round(cluster.hang_timeout_s))
+            backend="nccl" if cluster.use_gpu else "gloo",
+            timeout_s=max(1, round(cluster.hang_timeout_s)),
         ),
-        scaling_config=ScalingConfig(
-            num_workers=workers,
-            use_gpu=use_gpu,
-            resources_per_worker={
-                "CPU": cluster.cpus_per_worker,
-                **({"GPU": 1} if use_gpu else {}),
-            },
-        ),
+        scaling_config=ScalingConfig(**scaling(cluster)),
         run_config=RunConfig(
             name=job.run_name,
             storage_path=str(Path(job.run_folder) / ".ray"),

@@ -60,6 +60,7 @@ class Run:
     """
 
     def __init__(self, job: Job, config: RunConfig, device: torch.device, accountant: Any) -> None:
+        from dist_dp.cluster.live_metrics import start_run_metrics
         from dist_dp.cluster.metrics_log import MetricsLog
         from dist_dp.cluster.models import build_model
         from dist_dp.cluster.monitor import MonitorLink
@@ -119,6 +120,9 @@ class Run:
         if rank() == 0:
             self.link = MonitorLink(job.run_name)
             self.log = MetricsLog(self.folder, tensorboard=config.output.tensorboard)
+        self.note_step = start_run_metrics(
+            config.output.live_metrics, job.run_name, self.loader.steps
+        )
         self.kernels = say_kernels(device)
         if self.link is not None and self.engine.mechanism_class.private:
             self.link.push(self.kernels)
@@ -260,6 +264,7 @@ class Run:
         # Settling happens inside the forward pass.
         phases["forward"] = phases.get("forward", 0.0) + phases.get("settle", 0.0)
         self.phases.append(phases)
+        self.note_step(step, self.loader.leases.charged_until, row, seconds)
         if not row:
             self.push({})
             return

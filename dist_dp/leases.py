@@ -128,6 +128,11 @@ class StepLeases:
             self._began_before = known + 1
         return known, until, self._accountant.run_epsilon(self._run_id) if until else 0.0
 
+    @property
+    def charged_until(self) -> int:
+        """Last step of the latest lease; 0 before the first."""
+        return self._until
+
     def cover(self, step: int) -> bool:
         """Charges a step if it is not yet; False when the budget does not allow it.
 

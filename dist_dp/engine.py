@@ -27,7 +27,7 @@ import torch
 from torch import nn
 
 from dist_dp import kernels
-from dist_dp.account import default_ledger_path, open_account
+from dist_dp.account import open_account
 from dist_dp.accounting import GaussianEvent
 from dist_dp.checkpoint import (
     CheckpointWriter,
@@ -38,6 +38,7 @@ from dist_dp.checkpoint import (
 from dist_dp.distributed import broadcast_object, ensure_process_group, rank
 from dist_dp.errors import ConfigError, DistDpError
 from dist_dp.leases import StepLeases
+from dist_dp.ledger_address import default_ledger, ledger_address
 from dist_dp.loader import PoissonLoader, as_source
 from dist_dp.look_ahead import FeaturesOf, LookAhead
 from dist_dp.mechanisms import mechanism_class
@@ -68,7 +69,8 @@ class PrivacyEngine:
         sharding: One kind for all tables or a kind by table name; ``auto`` asks TorchRec's
             planner.
         accountant: Rank 0's accountant; by default the ledger at ``ledger``, in this process.
-        ledger: Path of the ledger; see :func:`default_ledger_path`.
+        ledger: Path of the ledger, or a ``postgresql://`` URL; see
+            :func:`~dist_dp.ledger_address.default_ledger`.
         run_id: The run's name in the ledger; by default a new one.
         resume_from: A training checkpoint of this run to go on from, or the folder that
             :func:`dist_dp.checkpoint.save_checkpoint` was given. Workers and sharding may be
@@ -114,7 +116,7 @@ class PrivacyEngine:
         self.timer = PhaseTimer(self.device)
         self._secret = secret
         self.accountant = accountant
-        self._ledger_path = Path(ledger) if ledger else default_ledger_path()
+        self._ledger = ledger_address(ledger) if ledger else default_ledger()
         self._parts: PrivateModel | None = None
         self._loader: PoissonLoader | None = None
         # Set by a writer in the background: a release waits for what is in flight.
@@ -356,7 +358,7 @@ class PrivacyEngine:
             resumed_at = load_checkpoint(self, self.resume_from)
         self.accountant = open_account(
             self.accountant,
-            self._ledger_path,
+            self._ledger,
             plan,
             dataset=self.dataset,
             run_id=self.run_id,

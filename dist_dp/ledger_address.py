@@ -60,7 +60,11 @@ class LedgerAddress:
         """What must never be shown."""
         if self.url is None:
             return ()
-        given = [self.url.password, *_values(self.url, "password"), *_values(self.url, "sslpassword")]
+        given = [
+            self.url.password,
+            *_values(self.url, "password"),
+            *_values(self.url, "sslpassword"),
+        ]
         return tuple(str(item) for item in given if item)
 
     def public(self) -> LedgerAddress:

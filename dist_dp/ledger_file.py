@@ -13,7 +13,7 @@ from typing import Any, ParamSpec, TypeVar
 
 from dist_dp.errors import LedgerError
 from dist_dp.ledger_address import LedgerAddress, ledger_address
-from dist_dp.ledger_entry import RESTORE, LedgerDamageError, Position
+from dist_dp.ledger_entry import RESTORE, Entry, LedgerDamageError, Position
 from dist_dp.ledger_state import LedgerState
 from dist_dp.ledger_store import LostConnectionError, open_store
 from dist_dp.ledger_tables import Transaction
@@ -92,6 +92,20 @@ class LedgerFile:
         """
         with self._transaction(write=False) as tx:
             self._check_contains(tx, position, "what was noted elsewhere")
+
+    @contextlib.contextmanager
+    def reading(self) -> Iterator[tuple[Position, Iterator[Entry]]]:
+        """Give the ledger's position and its entries up to there, one by one, from one snapshot."""
+        with self._transaction(write=False) as tx:
+            yield tx.head, tx.entries()
+
+    def check_integrity(self) -> None:
+        """Let the database check itself; every entry's hash was checked when it was read.
+
+        Raises:
+            LedgerError: it found damage.
+        """
+        self._store.check_integrity()
 
     @contextlib.contextmanager
     def together(self) -> Iterator[None]:
@@ -242,7 +256,7 @@ def repeatable(method: Callable[P, R]) -> Callable[P, R]:
 
     @functools.wraps(method)
     def repeated(*args: P.args, **kwargs: P.kwargs) -> R:
-        named: dict[str, Any] = kwargs  # type: ignore[assignment]
+        named: dict[str, Any] = kwargs
         if named.get("request_id") is None:
             named["request_id"] = secrets.token_hex(16)
         return until_answered(lambda: method(*args, **kwargs))

@@ -68,9 +68,7 @@ def migrate(path: Path, engine: sa.Engine) -> None:
         tx.flush()
         connection.exec_driver_sql("DROP TABLE entries_of_version_1")
         connection.execute(
-            meta.update()
-            .where(meta.c.key == "schema_version")
-            .values(value=str(SCHEMA_VERSION))
+            meta.update().where(meta.c.key == "schema_version").values(value=str(SCHEMA_VERSION))
         )
         connection.execute(meta.insert().values(key="ledger_id", value=tx.head.ledger_id))
 

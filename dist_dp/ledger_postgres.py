@@ -53,6 +53,7 @@ class PostgresStore(LedgerStore):
     """
 
     may_have_no_witness = True
+    _engine: sa.Engine
 
     def __init__(self, address: LedgerAddress, *, create: bool, adopting: bool = False) -> None:
         super().__init__(address)
@@ -92,7 +93,9 @@ class PostgresStore(LedgerStore):
                     f"{self._witnesses.address_file} if nothing that was charged is to count"
                 )
             if not self._create:
-                raise LedgerError(f"there is no ledger at '{self.address}'")
+                raise LedgerError(
+                    f"there is no ledger at '{self.address}'; name another, or train first"
+                )
             with self._explained():
                 about = self._made()
         self._check_version(about.get("schema_version"))

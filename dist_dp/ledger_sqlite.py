@@ -35,6 +35,7 @@ class SQLiteStore(LedgerStore):
     """
 
     may_have_no_witness = False
+    _engine: sa.Engine
 
     def __init__(self, address: LedgerAddress, *, create: bool, adopting: bool = False) -> None:
         super().__init__(address)
@@ -50,7 +51,9 @@ class SQLiteStore(LedgerStore):
                     "witness only if nothing that was charged is to count)"
                 )
             if not create:
-                raise LedgerError(f"there is no ledger at '{self.path}'")
+                raise LedgerError(
+                    f"there is no ledger at '{self.path}'; name another, or train first"
+                )
             create_file(self.path)
         self._has_witness = seen is not None
         self._connect()

@@ -16,6 +16,7 @@ from dist_dp.ledger_entry import Entry, EntryKind, LedgerDamageError
 from dist_dp.run_charges import Rounding, RunState
 from dist_dp.step_costs import StepCosts, sum_of
 
+
 @dataclass(frozen=True)
 class DatasetBudget:
     """The total a data set may ever spend, over all runs that name it."""

@@ -7,7 +7,6 @@ import hashlib
 import os
 import re
 import secrets
-from pathlib import Path
 
 from dist_dp.durable import sync_folder
 from dist_dp.errors import LedgerError

@@ -133,11 +133,13 @@ def _read(text: str) -> sa.URL:
     try:
         url = sa.make_url(text)
     except (sa.exc.ArgumentError, ValueError):
-        # The cause could quote a part of the password.
+        url = None
+    if url is None or set("@[]") & set(url.host or ""):
+        # Without the cause, nor the text: both could hold a part of the password.
         raise LedgerError(
             "the ledger's address is no URL that can be read: write postgresql://host:port/database"
             ", with special characters as %XX"
-        ) from None
+        )
     if not (url.database or _values(url, "dbname") or _values(url, "service")):
         raise LedgerError(
             f"the ledger's address {_public_text(url)} names no database: add it, as in "

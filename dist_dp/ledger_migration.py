@@ -47,15 +47,15 @@ def migrate(path: Path, engine: sa.Engine) -> None:
             return  # Another process was first.
         _keep_copy(path)
         for index in ("ix_entries_dataset", "one_entry_of_a_kind_per_lease"):
-            connection.exec_driver_sql(f"DROP INDEX {index}")
+            connection.exec_driver_sql(f"DROP INDEX IF EXISTS {index}")
         for change in ("update", "delete"):
-            connection.exec_driver_sql(f"DROP TRIGGER entries_no_{change}")
+            connection.exec_driver_sql(f"DROP TRIGGER IF EXISTS entries_no_{change}")
         connection.exec_driver_sql("ALTER TABLE entries RENAME TO entries_of_version_1")
         entries.create(connection)
         append_only(connection, entries)
         tx = Transaction(connection, secrets.token_hex(16))
         rows = []
-        for entry in _chained(connection, tx.head):
+        for entry in _chained(connection, tx.head, path):
             tx.head = Position(tx.head.ledger_id, entry.seq, entry.hash)
             rows.append({**vars(entry), "details": canonical(entry.details)})
             if len(rows) == _AT_A_TIME:
@@ -73,7 +73,7 @@ def migrate(path: Path, engine: sa.Engine) -> None:
         connection.execute(meta.insert().values(key="ledger_id", value=tx.head.ledger_id))
 
 
-def _chained(connection: sa.Connection, head: Position) -> Iterator[Entry]:
+def _chained(connection: sa.Connection, head: Position, path: Path) -> Iterator[Entry]:
     """Yield the old entries with hashes, once they have been checked to make sense together."""
     state = LedgerState()
     query = sa.text("SELECT * FROM entries_of_version_1 ORDER BY seq")
@@ -81,13 +81,15 @@ def _chained(connection: sa.Connection, head: Position) -> Iterator[Entry]:
         fields = dict(row._mapping)
         seq = fields.pop("seq")
         if seq != head.seq + 1:
-            raise LedgerDamageError(f"entry {head.seq + 1} of the ledger is missing: {RESTORE}")
+            raise LedgerDamageError(
+                f"entry {head.seq + 1} of the ledger {path} is missing: {RESTORE}"
+            )
         try:
             fields["details"] = json.loads(fields["details"])
             entry = bound(head, fields)
         except (TypeError, ValueError) as error:
             raise LedgerDamageError(
-                f"entry {seq} of the ledger cannot be read ({error}): {RESTORE}"
+                f"entry {seq} of the ledger {path} cannot be read ({error}): {RESTORE}"
             ) from error
         state.apply(entry)
         head = Position(head.ledger_id, entry.seq, entry.hash)

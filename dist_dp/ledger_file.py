@@ -20,7 +20,6 @@ from dist_dp.ledger_tables import Transaction
 from dist_dp.ledger_witness import ADOPT
 
 RECONNECT_S = 30.0
-_PAUSE_S = 0.2
 
 P = ParamSpec("P")
 R = TypeVar("R")
@@ -154,7 +153,7 @@ class LedgerFile:
 
     def _begin(self, write: bool) -> tuple[contextlib.ExitStack, Transaction]:
         """Begin a transaction and catch up; again, if the database was away for a while."""
-        deadline = time.monotonic() + RECONNECT_S
+        patience = _Patience()
         while True:
             # Before the transaction begins, so that the latter sees all that the witness saw.
             seen_here = self._store.witness.read()
@@ -165,9 +164,8 @@ class LedgerFile:
                     if self._is_vouched_for(tx, seen_here):
                         return stack.pop_all(), tx
             except LostConnectionError:
-                if time.monotonic() > deadline:
+                if not patience.wait():
                     raise
-                time.sleep(_PAUSE_S)
 
     def _catch_up(self, tx: Transaction) -> None:
         if tx.head.ledger_id != self._known.ledger_id:
@@ -266,14 +264,28 @@ def repeatable(method: Callable[P, R]) -> Callable[P, R]:
 
 def until_answered(call: Callable[[], R]) -> R:
     """Repeat a call whose connection is lost, for a while."""
-    deadline = time.monotonic() + RECONNECT_S
+    patience = _Patience()
     while True:
         try:
             return call()
         except LostConnectionError:
-            if time.monotonic() > deadline:
+            if not patience.wait():
                 raise
-            time.sleep(_PAUSE_S)
+
+
+class _Patience:
+    """Waits a little longer each time, and not for ever."""
+
+    def __init__(self) -> None:
+        self._end = time.monotonic() + RECONNECT_S
+        self._pause = 0.02
+
+    def wait(self) -> bool:
+        if time.monotonic() > self._end:
+            return False
+        time.sleep(self._pause)
+        self._pause = min(1.0, 2 * self._pause)
+        return True
 
 
 def check_name(what: str, name: str) -> None:

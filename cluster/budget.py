@@ -9,6 +9,7 @@ from typing import Any
 
 from rich.box import SIMPLE_HEAD
 from rich.console import Console
+from rich.markup import escape
 from rich.table import Table
 
 from dist_dp.errors import ConfigError, LedgerError
@@ -92,10 +93,10 @@ def history(given: str | None, dataset: str | None, *, json_output: bool) -> Non
             str(entry.seq),
             entry.at,
             entry.kind,
-            entry.dataset,
-            entry.run_id or "",
+            escape(entry.dataset),
+            escape(entry.run_id or ""),
             _steps(entry),
-            _what(entry.details),
+            escape(_what(entry.details)),
             entry.hash[:12],
         )
     _console().print(table)
@@ -118,11 +119,11 @@ def verify(given: str | None, exported: Path | None, *, adopt: bool, reason: str
         return
     ledger = Ledger(_address(given), adopt=reason) if adopt else _open(given)
     ledger.check_integrity()
-    entries = ledger.history()
+    with ledger.reading() as (position, entries):
+        kinds = Counter(entry.kind for entry in entries)
     print(f"{ledger.address}: every entry has its hash and follows the one before")
-    runs = sum(entry.kind == "run_opened" for entry in entries)
-    _print_position(ledger.position(), len(ledger.datasets()), runs)
-    for kind, count in sorted(Counter(entry.kind for entry in entries).items()):
+    _print_position(position, kinds["dataset_registered"], kinds["run_opened"])
+    for kind, count in sorted(kinds.items()):
         print(f"  {count:>8,} {kind}")
 
 

@@ -123,7 +123,7 @@ class Witness:
                         f"the ledger's witness {self.path} is held by another process for "
                         f"{_LOCK_WAIT_S:g} s: end the one that hangs, then try again"
                     ) from None
-                time.sleep(0.001)
+                time.sleep(0.0002)
 
     @contextlib.contextmanager
     def _new_file(self, position: Position) -> Iterator[Path]:

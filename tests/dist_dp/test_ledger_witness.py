@@ -6,7 +6,9 @@ import multiprocessing
 import os
 import shutil
 import stat
+import tempfile
 from pathlib import Path
+from typing import Any
 
 import pytest
 
@@ -83,7 +85,7 @@ def test_a_slot_cut_short_leaves_the_other(tmp_path: Path, cut: int) -> None:
 
 
 def _advance(path: Path, first: int) -> None:
-    for seq in range(first, 600, 4):
+    for seq in range(first, 300, 4):
         Witness(path).advance(at(seq))
 
 
@@ -102,7 +104,7 @@ def test_writers_at_once_leave_the_latest(tmp_path: Path) -> None:
     for writer in writers:
         writer.join()
         assert writer.exitcode == 0
-    assert witness.read() == at(599)
+    assert witness.read() == at(299)
 
 
 # --- ledgers ----------------------------------------------------------------------------------
@@ -295,13 +297,41 @@ def test_a_position_noted_elsewhere_is_checked(tmp_path: Path) -> None:
 
 
 def test_a_witness_that_cannot_be_written_is_said(tmp_path: Path) -> None:
-    if os.geteuid() == 0:
-        ledger = filled(tmp_path / "ledger.db")
-        path = ledger._store.witness.path
-        path.unlink()
-        path.mkdir()
-    else:
-        ledger = filled(tmp_path / "ledger.db")
-        ledger._store.witness.path.chmod(0o400)
+    ledger = filled(tmp_path / "ledger.db")
+    ledger._store.witness.path.unlink()
+    ledger._store.witness.path.mkdir()
     with pytest.raises(LedgerError, match=r"witness .* cannot be used"):
         ledger.reserve("a", 60, 1)
+
+
+def _as_nobody(path: Path, pipe: Any) -> None:
+    os.setgid(65534)
+    os.setuid(65534)
+    for call in (lambda: Ledger(path), lambda: Ledger(path.with_name("new.db"))):
+        try:
+            call()
+            pipe.send("done")
+        except LedgerError as error:
+            pipe.send(str(error))
+
+
+@pytest.mark.skipif(os.geteuid() != 0, reason="needs root, to become somebody else")
+def test_a_ledger_that_may_not_be_written_is_said() -> None:
+    """Without a line of it changed, and without another one begun."""
+    with tempfile.TemporaryDirectory(dir="/tmp") as name:
+        folder = Path(name)
+        ledger = filled(folder / "ledger.db")
+        ledger.close()
+        for file in folder.iterdir():
+            os.chown(file, 65534, 65534)
+            file.chmod(0o400)
+        folder.chmod(0o555)
+        context = multiprocessing.get_context("forkserver")
+        ours, theirs = context.Pipe()
+        child = context.Process(target=_as_nobody, args=(ledger.path, theirs))
+        child.start()
+        said = [ours.recv(), ours.recv()]
+        child.join()
+        assert "make the file and its folder writable" in said[0]
+        assert "choose a place on a local disk where you may write" in said[1]
+        assert {file.name for file in folder.iterdir()} == {"ledger.db", "ledger.db.witness"}

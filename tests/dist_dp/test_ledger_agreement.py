@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import multiprocessing
 import os
 import random
@@ -201,6 +202,30 @@ def test_random_operations_agree_with_a_plain_reference(address: str, seed: int)
     both.ledger = Ledger(address)
     both.compare()
     assert both.reference.entries > 15
+
+
+def test_a_commit_beside_a_reader_is_no_false_alarm(
+    address: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The witness may be ahead of what a transaction sees that began before it was written."""
+    writer = Ledger(address)
+    register(writer, 5.0)
+    writer.open_run("a", "clicks", None, {"non_private": True})
+    reader = Ledger(address)
+    begin, seen = reader._store.transaction, []
+
+    @contextlib.contextmanager
+    def overtaken(*, write: bool) -> Iterator[Any]:
+        with begin(write=write) as tx:
+            list(tx.follow(tx.head))
+            if not write:
+                seen.append(writer.reserve("a", 1 + len(seen), 1))
+            yield tx
+
+    monkeypatch.setattr(reader._store, "transaction", overtaken)
+    for count in range(5):
+        assert reader.run_steps("a") == count
+    assert writer._store.witness.read() == writer.position() != reader._seen
 
 
 # --- several reservations in one transaction -----------------------------------------------------

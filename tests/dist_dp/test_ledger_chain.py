@@ -108,7 +108,7 @@ def test_damage_behind_an_open_ledger_is_found_at_the_next_call(path: Path) -> N
     ledger = Ledger(path)
     without_triggers(path).execute("UPDATE entries SET steps = 1 WHERE seq = 8")
     for call in (lambda: ledger.spent("clicks"), lambda: ledger.reserve("a", 90, 1)):
-        with pytest.raises(LedgerDamageError, match="entry 8 .*not what was written"):
+        with pytest.raises(LedgerDamageError, match=r"entry 8 .*not what was written"):
             call()
 
 
@@ -120,16 +120,19 @@ def test_another_processs_forged_entry_is_found_at_the_next_call(path: Path) -> 
         ledger.reserve("a", 90, 1)
 
 
-def test_an_entry_found_through_an_index_is_checked(path: Path) -> None:
+def test_an_entry_that_is_read_again_is_checked_again(path: Path) -> None:
+    """The answer to a repeated request, and the history, while the ledger is open."""
     ledger = Ledger(path)
     lease = ledger.reserve("a", 60, 5, request_id="mine")
+    ledger.reserve("a", 65, 5)
     assert ledger.reserve("a", 60, 5, request_id="mine") == lease
-    raw = without_triggers(path)
-    raw.execute("UPDATE entries SET lease_id = 'other', request_id = 'mine2' WHERE seq = 9")
-    raw.execute("INSERT INTO entries SELECT 10, at, kind, dataset, run_id, 'z', first_step, steps,"
-                " 'mine', details, previous, hash FROM entries WHERE seq = 9")  # fmt: skip
-    with pytest.raises(LedgerDamageError):
-        ledger.reserve("a", 60, 5, request_id="mine")
+    without_triggers(path).execute("UPDATE entries SET steps = 50 WHERE request_id = 'mine'")
+    for call in (
+        lambda: ledger.reserve("a", 60, 5, request_id="mine"),
+        lambda: ledger.history("clicks"),
+    ):
+        with pytest.raises(LedgerDamageError, match=r"entry 9 .*not what was written"):
+            call()
 
 
 def test_flipped_bytes_are_found_or_change_nothing(tmp_path: Path, path: Path) -> None:

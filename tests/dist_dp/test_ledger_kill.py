@@ -1,4 +1,4 @@
-"""kill -9 of a process that writes to the ledger: what it acknowledged is there, whenever it was."""
+"""kill -9 of a process that writes to the ledger: what it acknowledged is there, always."""
 
 from __future__ import annotations
 

@@ -201,7 +201,7 @@ def test_a_password_file_is_used(
     monkeypatch.setenv("PGPASSFILE", str(file))
     assert Ledger(url).datasets() == []
     monkeypatch.setenv("PGPASSWORD", "wrong-" + PASSWORD)
-    with pytest.raises(LedgerError, match="password authentication failed.*PGPASSFILE") as caught:
+    with pytest.raises(LedgerError, match=r"password authentication failed.*PGPASSFILE") as caught:
         Ledger(url)
     assert PASSWORD not in str(caught.value)
 
@@ -221,20 +221,31 @@ def test_one_writer_at_a_time(
     assert other.reserve("a", 60, 1).steps == 1
 
 
-def _use(ledger: Ledger, step: int) -> None:
+def _backend(ledger: Ledger) -> int:
+    """The server's process at the other end of the connection."""
+    with ledger._store.transaction(write=False) as tx:
+        return int(tx._connection.exec_driver_sql("SELECT pg_backend_pid()").scalar() or 0)
+
+
+def _use(ledger: Ledger, step: int, pipe: Any) -> None:
     assert ledger.reserve("a", step, 1).steps == 1
+    pipe.send(_backend(ledger))
     ledger.close()
 
 
 def test_a_forked_process_has_connections_of_its_own(server: PostgresServer, database: str) -> None:
     ledger = filled(server.socket_url(database))
-    for step in range(60, 64):
-        child = multiprocessing.get_context("fork").Process(target=_use, args=(ledger, step))
+    context, own = multiprocessing.get_context("fork"), _backend(ledger)
+    for step in range(60, 63):
+        ours, theirs = context.Pipe()
+        child = context.Process(target=_use, args=(ledger, step, theirs))
         child.start()
+        assert ours.recv() != own
         child.join()
         assert child.exitcode == 0
-        ledger.reserve("a", step + 10, 1)  # on the connection it had before
-    assert ledger.run_steps("a") == 47 + 8
+        ledger.reserve("a", step + 10, 1)
+        assert _backend(ledger) == own  # on the connection it had before
+    assert ledger.run_steps("a") == 47 + 6
 
 
 # --- a server that goes away -------------------------------------------------------------------

@@ -1,8 +1,8 @@
 """The central accountant: one detached Ray actor for each ledger, and a plain client for it.
 
-The actor runs on the node where it was started, because the ledger is a file of that node. It
-keeps nothing in memory that is not on the disk: when its process dies, Ray starts it again and it
-reads the ledger anew.
+The actor runs on the node where it was started: a ledger in a file is a file of that node, and one
+on a server is reached with what the driver's environment says. It keeps nothing in memory that is
+not in the ledger: when its process dies, Ray starts it again and it reads the ledger anew.
 """
 
 from __future__ import annotations
@@ -17,6 +17,7 @@ from dist_dp.accountant import READING, WRITING, Accountant
 from dist_dp.cluster.live_metrics import LedgerMetrics
 from dist_dp.errors import DistDpError, LedgerError
 from dist_dp.ledger import Ledger
+from dist_dp.ledger_address import LedgerAddress, ledger_address
 
 NAMESPACE = "dist-dp"
 _NAME = "dist-dp-accountant"
@@ -27,12 +28,14 @@ class AccountantActor:
     """What runs inside the actor: the methods of one `Ledger`, by name.
 
     Args:
-        ledger_path: the ledger on this node. It is opened at the first call, so that a damaged
-            file is an error of that call and not of the actor's start.
+        address: the ledger. It is opened at the first call, so that a damaged one is an error of
+            that call and not of the actor's start.
+        environment: the driver's ways to connect to a server (``PGPASSFILE`` and the like).
     """
 
-    def __init__(self, ledger_path: str) -> None:
-        self._path = Path(ledger_path)
+    def __init__(self, address: LedgerAddress, environment: dict[str, str]) -> None:
+        os.environ.update(environment)
+        self._address = address
         self._ledger: Ledger | None = None
         self._metrics = LedgerMetrics()
 
@@ -41,7 +44,7 @@ class AccountantActor:
         if method not in WRITING | READING:
             raise LedgerError(f"the accountant has no method {method!r}")
         if self._ledger is None:
-            self._ledger = Ledger(self._path)
+            self._ledger = Ledger(self._address)
         return self._metrics.call(self._ledger, method, args, kwargs)
 
     def pid(self) -> int:
@@ -60,12 +63,13 @@ class AccountantClient(Accountant):
         (the safe side), never the other way round.
 
     Args:
-        ledger_path: the ledger that the accountant serves, as given to `start_accountant`.
+        ledger: the ledger that the accountant serves, as given to `start_accountant`. What it
+            takes to connect is not kept.
         timeout_s: how long to wait for an answer, restarts included.
     """
 
-    def __init__(self, ledger_path: Path | str, *, timeout_s: float = 120.0) -> None:
-        self.ledger_path = _resolved(ledger_path)
+    def __init__(self, ledger: Path | str | LedgerAddress, *, timeout_s: float = 120.0) -> None:
+        self.ledger = ledger_address(ledger).public()
         self.timeout_s = timeout_s
         self._handle: Any = None
 
@@ -107,7 +111,7 @@ class AccountantClient(Accountant):
                 raise self._no_answer() from error
             except ActorDiedError as error:
                 raise LedgerError(
-                    f"the accountant of ledger {self.ledger_path} has ended for good (its node is "
+                    f"the accountant of ledger {self.ledger} has ended for good (its node is "
                     "lost, or it was stopped); what it acknowledged is in the ledger: start the "
                     "run again"
                 ) from error
@@ -117,30 +121,32 @@ class AccountantClient(Accountant):
 
         if self._handle is None:
             try:
-                self._handle = ray.get_actor(_actor_name(self.ledger_path), NAMESPACE)
+                self._handle = ray.get_actor(_actor_name(self.ledger), NAMESPACE)
             except ValueError as error:
                 raise LedgerError(
-                    f"no accountant runs for ledger {self.ledger_path} in this cluster: start one "
+                    f"no accountant runs for ledger {self.ledger} in this cluster: start one "
                     "from the driver first"
                 ) from error
         return self._handle
 
     def _no_answer(self) -> LedgerError:
         return LedgerError(
-            f"the accountant of ledger {self.ledger_path} gave no answer in {self.timeout_s:g} s: "
+            f"the accountant of ledger {self.ledger} gave no answer in {self.timeout_s:g} s: "
             "see that its node is up and has memory left, then start the run again (the last "
             "lease may be charged)"
         )
 
 
-def start_accountant(ledger_path: Path | str, *, timeout_s: float = 120.0) -> AccountantClient:
+def start_accountant(
+    ledger: Path | str | LedgerAddress, *, timeout_s: float = 120.0
+) -> AccountantClient:
     """Start the accountant of a ledger on this node, or find the one that runs already.
 
-    There is at most one for a ledger path in a cluster, whoever asks first; it outlives the job
-    that started it. Ray must be initialised.
+    There is at most one for a ledger in a cluster, whoever asks first; it outlives the job that
+    started it. Ray must be initialised.
 
     Args:
-        ledger_path: the ledger, on a local disk of this node.
+        ledger: a file on a local disk of this node, or the URL of a server.
         timeout_s: how long the client waits for an answer.
 
     Raises:
@@ -149,10 +155,10 @@ def start_accountant(ledger_path: Path | str, *, timeout_s: float = 120.0) -> Ac
     import ray
     from ray.util.scheduling_strategies import NodeAffinitySchedulingStrategy
 
-    path = _resolved(ledger_path)
+    address = ledger_address(ledger)
     here = NodeAffinitySchedulingStrategy(ray.get_runtime_context().get_node_id(), soft=False)
     ray.remote(AccountantActor).options(
-        name=_actor_name(path),
+        name=_actor_name(address),
         namespace=NAMESPACE,
         lifetime="detached",
         get_if_exists=True,
@@ -160,15 +166,17 @@ def start_accountant(ledger_path: Path | str, *, timeout_s: float = 120.0) -> Ac
         max_restarts=-1,
         max_task_retries=-1,
         scheduling_strategy=here,
-    ).remote(str(path))
-    client = AccountantClient(path, timeout_s=timeout_s)
+    ).remote(address, {} if address.is_file else _connecting())
+    client = AccountantClient(address, timeout_s=timeout_s)
     client.datasets()  # A ledger that cannot be opened is an error now, not in mid-training.
     return client
 
 
-def _resolved(path: Path | str) -> Path:
-    return Path(path).expanduser().resolve()
+def _connecting() -> dict[str, str]:
+    """What the environment says about connecting to a server, and where witnesses are kept."""
+    return {k: v for k, v in os.environ.items() if k.startswith("PG") or k == "XDG_DATA_HOME"}
 
 
-def _actor_name(path: Path) -> str:
-    return f"{_NAME}-{hashlib.sha256(os.fsencode(path)).hexdigest()[:16]}"
+def _actor_name(address: LedgerAddress) -> str:
+    """The same for whoever connects to a ledger, with whatever password."""
+    return f"{_NAME}-{hashlib.sha256(os.fsencode(str(address))).hexdigest()[:16]}"

@@ -45,7 +45,8 @@ SetOption = Annotated[
 ]
 VerboseOption = Annotated[bool, typer.Option("--verbose", help="Show the libraries' logs.")]
 LedgerOption = Annotated[
-    Path | None, typer.Option(help="Path of the ledger; by default one place per user.")
+    str | None,
+    typer.Option(help="Path or postgresql:// URL of the ledger; by default one place per user."),
 ]
 
 
@@ -306,6 +307,55 @@ def budget_set(
     from dist_dp.cluster.budget import change
 
     change(ledger, dataset, epsilon, delta, reason, allow_large_delta)
+
+
+@budget_app.command("history")
+@readable_errors
+def budget_history(
+    dataset: Annotated[str | None, typer.Argument(help="Data set; all by default.")] = None,
+    json_output: Annotated[bool, typer.Option("--json", help="Print JSON.")] = False,
+    ledger: LedgerOption = None,
+) -> None:
+    """Show every entry of the ledger, or of one data set."""
+    from dist_dp.cluster.budget import history
+
+    history(ledger, dataset, json_output=json_output)
+
+
+@budget_app.command("verify")
+@readable_errors
+def budget_verify(
+    export: Annotated[
+        Path | None, typer.Argument(help="A file of budget export, instead of the ledger.")
+    ] = None,
+    adopt: Annotated[
+        bool, typer.Option("--adopt", help="Accept a ledger without, or behind, its witness.")
+    ] = False,
+    reason: Annotated[
+        str | None, typer.Option(help="Why it is adopted; it is kept in the ledger.")
+    ] = None,
+    ledger: LedgerOption = None,
+) -> None:
+    """Check every entry against its hash and the one before; exit status 1 on damage.
+
+    An exported file is checked by itself; with --ledger too, also that the ledger still holds
+    all of it.
+    """
+    from dist_dp.cluster.budget import verify
+
+    verify(ledger, export, adopt=adopt, reason=reason)
+
+
+@budget_app.command("export")
+@readable_errors
+def budget_export(
+    out: Annotated[Path, typer.Argument(help="File to write: JSON lines, with hashes.")],
+    ledger: LedgerOption = None,
+) -> None:
+    """Write the whole ledger to a file that can be checked anywhere (budget verify FILE)."""
+    from dist_dp.cluster.budget import export
+
+    export(ledger, out)
 
 
 @app.command()

@@ -18,7 +18,8 @@ from pydantic import (
 )
 
 from dist_dp.datasets.schema import DataSchema
-from dist_dp.errors import ConfigError
+from dist_dp.errors import ConfigError, LedgerError
+from dist_dp.ledger_address import ledger_address
 from dist_dp.noise_grid import read_spacing
 from dist_dp.schedules import ScheduleConfig
 from dist_dp.sharding import ShardingKind
@@ -171,7 +172,8 @@ class PrivacyConfig(_Section):
             what this run will spend.
         stop_at_budget: Start although the data set's budget does not allow all steps, and stop
             when it is used up; otherwise such a run is refused.
-        ledger: Path of the ledger; by default one place per user.
+        ledger: Path of the ledger, or a ``postgresql://`` URL without a password; by default one
+            place per user.
         seed: Fixed secret, for tests. It marks the run as not private.
     """
 
@@ -195,6 +197,16 @@ class PrivacyConfig(_Section):
     @classmethod
     def _factor(cls, value: Any) -> Any:
         return {"base": 1.0, **value} if isinstance(value, dict) else value
+
+    @field_validator("ledger")
+    @classmethod
+    def _an_address(cls, value: str | None) -> str | None:
+        if value is not None:
+            try:
+                ledger_address(value)
+            except LedgerError as error:
+                raise ValueError(str(error)) from None
+        return value
 
     @field_validator("epsilon")
     @classmethod

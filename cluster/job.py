@@ -29,7 +29,8 @@ class Job:
         run_folder: Its folder, on storage that driver and workers share.
         store: Folder of the converted data, likewise.
         dataset: Name of the data set in the ledger.
-        ledger: Path of the ledger, on the driver's node.
+        ledger: Name of the ledger: its path on the driver's node, or its URL without the way to
+            connect.
         config: The resolved configuration.
         columns: The data schema with the table sizes of this run.
         plan: The privacy plan.

@@ -12,7 +12,7 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
-from dist_dp.account import check_whole_run_fits, default_ledger_path
+from dist_dp.account import check_whole_run_fits
 from dist_dp.cluster.accountant import start_accountant
 from dist_dp.cluster.config import CHANGEABLE, ClusterConfig, RunConfig, load_config
 from dist_dp.cluster.faults import Watchdog
@@ -34,6 +34,7 @@ from dist_dp.cluster.run_folder import (
 )
 from dist_dp.errors import ConfigError, DistDpError
 from dist_dp.kernels import SlowKernelsWarning
+from dist_dp.ledger_address import LedgerAddress, default_ledger, ledger_address
 from dist_dp.plan import PrivacyPlan
 
 Watcher = Callable[[dict[str, Any]], None]
@@ -113,7 +114,8 @@ class Trainer:
         self.watch({"phase": "starting Ray", "plan": prepared.plan})
         with ray_session(self.config.cluster, self.verbose):
             self.config = _choose_device(self.config)
-            ledger = Path(self.config.privacy.ledger or default_ledger_path()).resolve()
+            given = self.config.privacy.ledger
+            ledger = ledger_address(given) if given else default_ledger()
             accountant = start_accountant(ledger)
             self._check_budget(accountant, prepared)
             folder = self.resume or create_run_folder(
@@ -150,7 +152,7 @@ class Trainer:
         if whole and prepared.plan.mechanism != "none" and prepared.dataset in known:
             check_whole_run_fits(accountant, prepared.dataset, prepared.plan)
 
-    def _job(self, folder: Path, prepared: Prepared, ledger: Path) -> Job:
+    def _job(self, folder: Path, prepared: Prepared, ledger: LedgerAddress) -> Job:
         return Job(
             run_name=folder.name,
             run_folder=str(folder),

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import os
 from pathlib import Path
 from typing import Any
 
@@ -10,21 +9,9 @@ from dist_dp.accountant import LocalAccountant
 from dist_dp.distributed import broadcast_object, rank
 from dist_dp.errors import BudgetError, DistDpError, LedgerError
 from dist_dp.ledger import Ledger
+from dist_dp.ledger_address import LedgerAddress
 from dist_dp.plan import PrivacyPlan
 from dist_dp.step_costs import max_steps
-
-
-def default_ledger_path() -> Path:
-    """Where the ledger lives unless told otherwise.
-
-    ``$DIST_DP_LEDGER``, or ``dist-dp/ledger.sqlite`` in the user's data folder: one place for
-    all runs, so that runs which name the same data set share its budget wherever they start.
-    """
-    given = os.environ.get("DIST_DP_LEDGER")
-    if given:
-        return Path(given)
-    home = os.environ.get("XDG_DATA_HOME") or Path.home() / ".local" / "share"
-    return Path(home) / "dist-dp" / "ledger.sqlite"
 
 
 def check_whole_run_fits(accountant: Any, dataset: str, plan: PrivacyPlan) -> None:
@@ -107,7 +94,7 @@ def _check_steps_are_charged(accountant: Any, run_id: str, step: int) -> None:
 
 def open_account(
     accountant: Any,
-    ledger: Path,
+    ledger: Path | LedgerAddress,
     plan: PrivacyPlan,
     *,
     dataset: str,
@@ -122,7 +109,7 @@ def open_account(
 
     Args:
         accountant: Rank 0's, or None for one on ``ledger`` in this process.
-        ledger: Path of the ledger, used without an accountant.
+        ledger: Where the ledger is, used without an accountant.
         plan: The run's plan.
         dataset: Name of the data set.
         run_id: Name of the account.

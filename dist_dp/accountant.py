@@ -7,7 +7,8 @@ from abc import ABC, abstractmethod
 from typing import TYPE_CHECKING, Any, cast
 
 from dist_dp.events import PrivacyEvent
-from dist_dp.ledger_state import DatasetBudget, Entry, Lease, Spend
+from dist_dp.ledger_entry import Entry, Position
+from dist_dp.ledger_state import DatasetBudget, Lease, Spend
 from dist_dp.step_costs import StepCosts
 
 if TYPE_CHECKING:
@@ -38,6 +39,8 @@ READING = frozenset(
         "released_step",
         "history",
         "datasets",
+        "position",
+        "check_contains",
     }
 )
 
@@ -176,13 +179,21 @@ class Accountant(ABC):
         """Return what each step of a run costs, as it was opened."""
         return cast("StepCosts | None", self._call("run_costs", run_id))
 
-    def history(self, dataset: str) -> list[Entry]:
-        """Return every entry of a data set, oldest first."""
+    def history(self, dataset: str | None = None) -> list[Entry]:
+        """Return every entry of a data set, or of the whole ledger, oldest first."""
         return cast("list[Entry]", self._call("history", dataset))
 
     def datasets(self) -> list[DatasetBudget]:
         """Return all registered data sets, by name."""
         return cast("list[DatasetBudget]", self._call("datasets"))
+
+    def position(self) -> Position:
+        """Return where the ledger stands: its last entry, and the hash that covers all of them."""
+        return cast(Position, self._call("position"))
+
+    def check_contains(self, position: Position) -> None:
+        """Refuse a ledger that has lost what somebody saw in it."""
+        self._call("check_contains", position)
 
 
 class LocalAccountant(Accountant):

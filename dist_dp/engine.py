@@ -27,7 +27,7 @@ import torch
 from torch import nn
 
 from dist_dp import kernels
-from dist_dp.account import default_ledger_path, open_account
+from dist_dp.account import open_account
 from dist_dp.checkpoint import (
     CheckpointWriter,
     load_checkpoint,
@@ -38,6 +38,7 @@ from dist_dp.distributed import broadcast_object, ensure_process_group, rank
 from dist_dp.errors import ConfigError, DistDpError
 from dist_dp.events import PrivacyEvent
 from dist_dp.leases import StepLeases
+from dist_dp.ledger_address import default_ledger, ledger_address
 from dist_dp.loader import PoissonLoader, as_source
 from dist_dp.look_ahead import FeaturesOf, LookAhead
 from dist_dp.mechanisms import mechanism_class
@@ -71,7 +72,8 @@ class PrivacyEngine:
         sharding: One kind for all tables or a kind by table name; ``auto`` asks TorchRec's
             planner.
         accountant: Rank 0's accountant; by default the ledger at ``ledger``, in this process.
-        ledger: Path of the ledger; see :func:`default_ledger_path`.
+        ledger: Path of the ledger, or a ``postgresql://`` URL; see
+            :func:`~dist_dp.ledger_address.default_ledger`.
         run_id: The run's name in the ledger; by default a new one.
         resume_from: A training checkpoint of this run to go on from, or the folder that
             :func:`dist_dp.checkpoint.save_checkpoint` was given. Workers and sharding may be
@@ -122,7 +124,7 @@ class PrivacyEngine:
         self.timer = PhaseTimer(self.device)
         self._secret = secret
         self.accountant = accountant
-        self._ledger_path = Path(ledger) if ledger else default_ledger_path()
+        self._ledger = ledger_address(ledger) if ledger else default_ledger()
         self._parts: PrivateModel | None = None
         self._loader: PoissonLoader | None = None
         # Mean records of a unit in a step: 1, or what users have.
@@ -412,7 +414,7 @@ class PrivacyEngine:
             StepTrail(self.trail).close()
         self.accountant = open_account(
             self.accountant,
-            self._ledger_path,
+            self._ledger,
             plan,
             dataset=self.dataset,
             run_id=self.run_id,

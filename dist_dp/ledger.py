@@ -9,31 +9,32 @@ filter with adaptive parameters, for which the same figure is common practice bu
 
 from __future__ import annotations
 
-import contextlib
 import json
 import math
-import secrets
 from typing import Any
 
 from dist_dp.accountant import LocalAccountant
 from dist_dp.accounting import epsilon_of
 from dist_dp.errors import BudgetError, LedgerError
 from dist_dp.events import PrivacyEvent
-from dist_dp.ledger_datasets import DatasetLedger
-from dist_dp.ledger_file import check_name
-from dist_dp.ledger_grant import grant
-from dist_dp.ledger_state import DatasetBudget, Entry, Lease, Spend
+from dist_dp.ledger_entry import Entry, Position
+from dist_dp.ledger_file import check_name, repeatable
+from dist_dp.ledger_leases import LeaseLedger, lease_of
+from dist_dp.ledger_state import DatasetBudget, Lease, Reservation, Spend
 from dist_dp.step_costs import StepCosts
 
-__all__ = ["DatasetBudget", "Entry", "Lease", "Ledger", "LocalAccountant", "Spend"]
+__all__ = [
+    "DatasetBudget", "Entry", "Lease", "Ledger", "LocalAccountant", "Position", "Reservation",
+    "Spend",
+]  # fmt: skip
 
 
-class Ledger(DatasetLedger):
-    """A ledger file, usable from several threads and processes at once.
+class Ledger(LeaseLedger):
+    """A ledger, usable from several threads, processes and (on a server) machines at once.
 
     Every method that writes takes an optional ``request_id``: a second call with the same one
     changes nothing and returns what the first did, so a call may be repeated when its answer was
-    lost.
+    lost. A connection that is lost is mended, and the call repeated in this way, for half a minute.
 
     Guarantee:
         A lease is on the disk before `reserve` returns, and the composition of all leases of a
@@ -42,12 +43,14 @@ class Ledger(DatasetLedger):
         results of all runs together are (ε, δ)-differentially private, whatever crashes.
 
     Args:
-        path: the SQLite file, on a local disk; made with its parents if missing (mode 0600).
+        address: a file on a local disk, made with its parents if missing (mode 0600), or a
+            ``postgresql://`` URL. See `dist_dp.ledger_file.LedgerFile` for the other arguments.
 
     Raises:
-        LedgerError: the file cannot be made or read, is damaged, or is not a ledger.
+        LedgerError: it cannot be reached, made or read, is damaged, or is not a ledger.
     """
 
+    @repeatable
     def open_run(
         self,
         run_id: str,
@@ -100,99 +103,7 @@ class Ledger(DatasetLedger):
                 },
             )
 
-    def reserve(
-        self, run_id: str, first_step: int, steps: int, *, request_id: str | None = None
-    ) -> Lease:
-        """Charge ``steps`` steps of a run from ``first_step`` on, before they are run.
-
-        The charge is durable when this returns and counts against the data set's budget over all
-        its runs. What a step costs follows from its number (see `dist_dp.step_costs`): one that
-        is reserved again (a replay after a crash) is charged again at what it costs, and one that
-        was not planned at no less than any that was. If only some of the steps fit, so
-        many of the first ones are granted.
-
-        Raises:
-            BudgetError: not even one more step fits.
-            LedgerError: the run is unknown or closed, or the request was another one.
-        """
-        if first_step < 0 or steps < 1:
-            raise LedgerError(
-                f"run {run_id!r}: cannot reserve {steps} steps from step {first_step}: give a "
-                "first step of 0 or more and 1 step or more"
-            )
-        with self._lock:
-            # Compose before taking the write lock, so that other processes need not wait for it;
-            # below, the cache answers unless someone else was charged in between.
-            with self._transaction(write=False):
-                pass
-            with contextlib.suppress(BudgetError, LedgerError):
-                grant(self._state, run_id, first_step, steps)
-            with self._transaction(write=True) as tx:
-                before = tx.by_request(request_id)
-                if before is not None:
-                    asked = (before.kind, before.run_id, before.first_step)
-                    if (*asked, before.details.get("requested")) != (
-                        "steps_reserved", run_id, first_step, steps
-                    ):  # fmt: skip
-                        raise LedgerError(
-                            f"request {request_id!r} was made before with other arguments: "
-                            "use a new request_id"
-                        )
-                    return _lease(before)
-                granted, epsilon, alone = grant(self._state, run_id, first_step, steps)
-                lease = Lease(secrets.token_hex(16), first_step, granted, epsilon, alone)
-                tx.append(
-                    "steps_reserved",
-                    self._state.run(run_id).dataset,
-                    run_id=run_id,
-                    lease_id=lease.lease_id,
-                    first_step=first_step,
-                    steps=granted,
-                    request_id=request_id,
-                    details={
-                        "requested": steps,
-                        "epsilon_after": None if math.isinf(epsilon) else epsilon,
-                        "run_epsilon": None if math.isinf(alone) else alone,
-                    },
-                )
-        return lease
-
-    def settle(self, lease_id: str, used_steps: int, *, request_id: str | None = None) -> None:
-        """Record how many steps of a lease were begun, and give the others, its last, back.
-
-        Guarantee:
-            Giving back is sound only for steps that never began: no batch of theirs was drawn and
-            no noise added, so nothing that depends on the records exists, and whether they would
-            run was decided from results already charged. A step that began counts, even if it
-            failed. A lease that is never settled counts whole.
-
-        Raises:
-            LedgerError: the lease is unknown or settled, or fewer steps were leased.
-        """
-        with self._transaction(write=True) as tx:
-            settled = tx.by_lease(lease_id, "steps_settled")
-            if settled is not None:
-                if request_id is not None and settled.request_id == request_id:
-                    return
-                raise LedgerError(f"lease {lease_id!r} is settled already: settle a lease once")
-            if lease_id not in self._state.leases:
-                raise LedgerError(f"lease {lease_id!r} is not in the ledger: reserve steps first")
-            lease = self._state.leases[lease_id]
-            if not 0 <= used_steps <= lease.steps:
-                raise LedgerError(
-                    f"lease {lease_id!r} of run {lease.run_id!r} has {lease.steps} steps, "
-                    f"{used_steps} used cannot be: reserve every step before it begins"
-                )
-            tx.append(
-                "steps_settled",
-                self._state.run(lease.run_id).dataset,
-                run_id=lease.run_id,
-                lease_id=lease_id,
-                steps=used_steps,
-                request_id=request_id,
-                details={},
-            )
-
+    @repeatable
     def record_release(self, run_id: str, step: int, *, request_id: str | None = None) -> None:
         """Record that a model settled to ``step`` is about to be released.
 
@@ -223,6 +134,7 @@ class Ledger(DatasetLedger):
         with self._transaction(write=False):
             return self._state.run(run_id).released_step
 
+    @repeatable
     def close_run(self, run_id: str, status: str, *, request_id: str | None = None) -> None:
         """Close a run (``status`` such as finished, stopped or failed); it reserves no more.
 
@@ -292,7 +204,7 @@ class Ledger(DatasetLedger):
                 for lease_id, lease in self._state.leases.items()
                 if lease.run_id == run_id
             )
-            return [_lease(entry) for entry in found if entry is not None]
+            return [lease_of(entry) for entry in found if entry is not None]
 
     def run_steps(self, run_id: str) -> int:
         """Return how many steps are charged to a run; a lease that was never settled counts whole.
@@ -320,15 +232,3 @@ class Ledger(DatasetLedger):
         """
         with self._transaction(write=False):
             return self._state.run(run_id).costs
-
-
-def _lease(entry: Entry) -> Lease:
-    bounds = (entry.details["epsilon_after"], entry.details["run_epsilon"])
-    total, alone = (math.inf if bound is None else float(bound) for bound in bounds)
-    return Lease(
-        lease_id=str(entry.lease_id),
-        first_step=int(entry.first_step or 0),
-        steps=int(entry.steps or 0),
-        epsilon_after=total,
-        run_epsilon=alone,
-    )

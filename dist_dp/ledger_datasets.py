@@ -6,14 +6,16 @@ import math
 
 from dist_dp.accounting import epsilon_of
 from dist_dp.errors import BudgetError
-from dist_dp.ledger_file import LedgerFile, check_name
-from dist_dp.ledger_state import DatasetBudget, Entry, Spend
-from dist_dp.ledger_store import Transaction
+from dist_dp.ledger_entry import Entry
+from dist_dp.ledger_file import LedgerFile, check_name, repeatable
+from dist_dp.ledger_state import DatasetBudget, Spend
+from dist_dp.ledger_tables import Transaction
 
 
 class DatasetLedger(LedgerFile):
     """Data sets and their budgets; see `dist_dp.ledger.Ledger` for the runs on them."""
 
+    @repeatable
     def register_dataset(
         self,
         name: str,
@@ -83,6 +85,7 @@ class DatasetLedger(LedgerFile):
         with self._transaction(write=False):
             return self._state.budget(name)
 
+    @repeatable
     def set_budget(
         self,
         name: str,
@@ -140,16 +143,16 @@ class DatasetLedger(LedgerFile):
             budget_epsilon=budget.epsilon,
         )
 
-    def history(self, dataset: str) -> list[Entry]:
-        """Return every entry of a data set, oldest first.
+    def history(self, dataset: str | None = None) -> list[Entry]:
+        """Return every entry of a data set, or of the whole ledger, oldest first.
 
         Raises:
             LedgerError: the ledger does not know the data set.
         """
         with self._transaction(write=False) as tx:
-            if dataset not in self._state.datasets:
+            if dataset is not None and dataset not in self._state.datasets:
                 self._state.budget(dataset)
-            return tx.entries_after(0, dataset)
+            return list(tx.entries(dataset))
 
     def datasets(self) -> list[DatasetBudget]:
         """Return all registered data sets, by name."""
@@ -160,7 +163,7 @@ class DatasetLedger(LedgerFile):
 
 def _first_budget(tx: Transaction, name: str) -> tuple[float, float] | None:
     """The budget a data set was registered with: what configurations go on naming."""
-    for entry in tx.entries_after(0, name):
+    for entry in tx.entries(name):
         if entry.kind == "dataset_registered":
             return float(entry.details["epsilon"]), float(entry.details["delta"])
     return None

@@ -8,23 +8,13 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import dataclass, field, replace
-from typing import Any, Literal
+from typing import Any
 
 from dist_dp.errors import BudgetError, ConfigError, LedgerError
 from dist_dp.events import GaussianEvent, PrivacyEvent
+from dist_dp.ledger_entry import Entry, EntryKind, LedgerDamageError
 from dist_dp.run_charges import Rounding, RunState
 from dist_dp.step_costs import StepCosts, sum_of
-
-EntryKind = Literal[
-    "dataset_registered",
-    "fingerprint_added",
-    "budget_set",
-    "run_opened",
-    "steps_reserved",
-    "steps_settled",
-    "model_released",
-    "run_closed",
-]
 
 
 @dataclass(frozen=True)
@@ -58,6 +48,16 @@ class Lease:
 
 
 @dataclass(frozen=True)
+class Reservation:
+    """A request for steps ``first_step .. first_step + steps - 1`` of a run; see `Lease`."""
+
+    run_id: str
+    first_step: int
+    steps: int
+    request_id: str | None = None
+
+
+@dataclass(frozen=True)
 class Spend:
     """What a data set has spent: ε at its δ, by all leases that were not given back."""
 
@@ -72,22 +72,6 @@ class Spend:
     def remaining_epsilon(self) -> float:
         """Budget minus spend (ε does not add up exactly: read it as a rough guide)."""
         return self.budget_epsilon - self.epsilon
-
-
-@dataclass(frozen=True)
-class Entry:
-    """One line of the ledger, as it was written."""
-
-    seq: int
-    at: str
-    kind: EntryKind
-    dataset: str
-    run_id: str | None
-    lease_id: str | None
-    first_step: int | None
-    steps: int | None
-    request_id: str | None
-    details: dict[str, Any]
 
 
 @dataclass(frozen=True)
@@ -112,6 +96,7 @@ class LedgerState:
     """The fold of all entries up to ``seq``."""
 
     seq: int = 0
+    last_kind: EntryKind | None = None
     datasets: dict[str, DatasetState] = field(default_factory=dict)
     runs: dict[str, RunState] = field(default_factory=dict)
     leases: dict[str, OpenLease] = field(default_factory=dict)
@@ -160,16 +145,16 @@ class LedgerState:
         """Add one entry; entries must come in order.
 
         Raises:
-            LedgerError: the entry contradicts those before it, so the file was tampered with.
+            LedgerDamageError: the entry contradicts those before it.
         """
         try:
             self._apply(entry)
         except (KeyError, TypeError, ValueError, BudgetError, ConfigError, LedgerError) as error:
-            raise LedgerError(
+            raise LedgerDamageError(
                 f"the ledger contradicts itself at entry {entry.seq} ({entry.kind}): {error}; "
                 "restore the file from a back-up"
             ) from error
-        self.seq = entry.seq
+        self.seq, self.last_kind = entry.seq, entry.kind
 
     def _apply(self, entry: Entry) -> None:
         details = entry.details
@@ -220,7 +205,7 @@ class LedgerState:
             run.released_step = max(run.released_step, _natural(entry.first_step))
         elif entry.kind == "run_closed":
             self.run(str(entry.run_id)).status = str(details["status"])
-        else:
+        elif entry.kind not in ("ledger_migrated", "ledger_adopted"):
             raise LedgerError(f"kind {entry.kind!r} is unknown: it needs a newer version")
 
 

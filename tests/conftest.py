@@ -3,9 +3,12 @@
 from __future__ import annotations
 
 import os
+from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
+
+from tests.postgres_server import PostgresServer, running_server, why_no_server
 
 # Before Ray is imported anywhere: no usage report, no repeated log lines, no hints.
 for _name, _value in {
@@ -52,3 +55,14 @@ def real_data() -> Path:
     if reason:
         pytest.skip(reason)
     return Path(os.environ[REAL_DATA])
+
+
+@pytest.fixture(scope="session")
+def postgres_server(tmp_path_factory: pytest.TempPathFactory) -> Iterator[PostgresServer]:
+    """A real PostgreSQL server; its ledgers' witnesses are in a folder of the tests."""
+    reason = why_no_server()
+    if reason:
+        pytest.skip(reason)
+    with pytest.MonkeyPatch.context() as patch, running_server() as server:
+        patch.setenv("XDG_DATA_HOME", str(tmp_path_factory.mktemp("data-home")))
+        yield server

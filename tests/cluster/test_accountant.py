@@ -14,8 +14,10 @@ import pytest
 from dist_dp.accounting import GaussianEvent, epsilon_of
 from dist_dp.cluster.accountant import AccountantClient, start_accountant
 from dist_dp.errors import BudgetError, LedgerError
-from dist_dp.ledger import Ledger
+from dist_dp.ledger import Ledger, Position
+from dist_dp.ledger_address import default_ledger
 from dist_dp.step_costs import StepCosts
+from tests.postgres_server import PASSWORD, PostgresServer
 
 pytestmark = pytest.mark.ray
 
@@ -122,3 +124,34 @@ def test_killed_accountant_forgets_nothing_and_charges_nothing_twice(tmp_path: P
     entries = [e for e in Ledger(path).history("clicks") if e.kind == "steps_reserved"]
     assert {str(e.lease_id): e.steps for e in entries} == acknowledged
     assert client.spent("clicks").steps_by_event == {EVENT: total}
+
+
+@pytest.mark.usefixtures("ray_local")
+def test_the_ledger_may_be_on_a_server(
+    postgres_server: PostgresServer, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """One accountant for everybody's URL; what it takes to connect goes to the actor alone."""
+    monkeypatch.setenv("XDG_DATA_HOME", str(tmp_path))
+    monkeypatch.setenv("PGPASSWORD", PASSWORD)
+    url = postgres_server.tcp_url(postgres_server.new_database())
+    client = start_accountant(url)
+    client.register_dataset("clicks", fingerprint="f", num_records=10, epsilon=1.0, delta=DELTA)
+    client.open_run("a", "clicks", StepCosts.constant(EVENT, 10))
+    monkeypatch.setenv("DIST_DP_LEDGER", url.replace("@", f":{PASSWORD}@"))
+    monkeypatch.delenv("PGPASSWORD")
+    address = default_ledger()
+    assert address.secrets == (PASSWORD,)
+    again = start_accountant(address)
+    assert again.pid() == client.pid() != os.getpid()
+    assert PASSWORD.encode() not in pickle.dumps(again)
+    sent = AccountantClient(str(address))
+    lease = sent.reserve("a", 1, 4)
+    os.kill(client.pid(), signal.SIGKILL)
+    sent.settle(lease.lease_id, 2)
+    position = sent.position()
+    sent.check_contains(position)
+    ledger = Ledger(address)
+    assert ledger.position() == position and ledger.run_steps("a") == 2
+    assert ledger._store.witness.read() == position  # where the driver keeps them
+    with pytest.raises(LedgerError, match="entry 99 was seen"):
+        sent.check_contains(Position(position.ledger_id, 99, ""))

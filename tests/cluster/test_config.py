@@ -16,6 +16,18 @@ from tests.cluster.small import ROOT, SMALL, small, write_config
 EXAMPLES = sorted((ROOT / "examples").glob("*.yaml"))
 
 
+def test_a_ledger_may_be_a_database_but_holds_no_password() -> None:
+    url = "postgresql://ann@db/privacy?passfile=/secrets/pgpass"
+    config = parse_config(changed("privacy", ledger=url))
+    assert config.privacy.ledger == url
+    for wrong in ("postgresql://ann:hunter2@db/privacy", "postgresql://db/x?password=hunter2"):
+        with pytest.raises(ConfigError, match=r"privacy\.ledger.*PGPASSFILE") as caught:
+            parse_config(changed("privacy", ledger=wrong))
+        assert "hunter2" not in str(caught.value)
+    with pytest.raises(ConfigError, match=r"privacy\.ledger.*give a path"):
+        parse_config(changed("privacy", ledger="mysql://db/x"))
+
+
 def changed(section: str, **values: Any) -> dict[str, Any]:
     return {**SMALL, section: {**SMALL.get(section, {}), **values}}
 

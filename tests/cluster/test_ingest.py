@@ -12,7 +12,8 @@ from dist_dp.cluster.ingest import convert_distributed
 from dist_dp.datasets.convert import write_store
 from dist_dp.datasets.readers import open_reader
 from dist_dp.datasets.store import ArrowStore
-from dist_dp.datasets.synthetic import write_criteo_like
+from dist_dp.datasets.synthetic import criteo_like_schema, write_criteo_like
+from dist_dp.datasets.truth import SyntheticSettings
 from dist_dp.errors import DataError
 from tests.cluster.small import start
 
@@ -100,7 +101,7 @@ def test_a_killed_conversion_goes_on_with_what_is_whole(tmp_path: Path) -> None:
 def test_users_are_those_of_one_pass(tmp_path: Path) -> None:
     source = tmp_path / "clicks.parquet"
     write_criteo_like(source, 500, seed=3, num_users=40)
-    made = convert_distributed(source, tmp_path / "made", user="user")
-    reader = open_reader(source, user="user")
-    assert made == write_store(reader, tmp_path / "whole")
+    schema = criteo_like_schema(SyntheticSettings(num_users=40))
+    made = convert_distributed(source, tmp_path / "made", schema=schema)
+    assert made == write_store(open_reader(source, schema=schema), tmp_path / "whole")
     assert ArrowStore.open(tmp_path / "made", verify=True).manifest.data_schema.user == "user"

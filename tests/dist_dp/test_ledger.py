@@ -20,6 +20,7 @@ from dist_dp.accounting import GaussianEvent, epsilon_of
 from dist_dp.errors import BudgetError, LedgerError
 from dist_dp.ledger import Ledger, LocalAccountant
 from dist_dp.step_costs import StepCosts, max_steps
+from tests.dist_dp.ledgers import append_raw
 
 DELTA = 1e-5
 EVENT = GaussianEvent(4.0, 0.02)
@@ -52,6 +53,7 @@ def test_file_is_private_and_whole(ledger: Ledger) -> None:
         "ledger.db",
         "ledger.db-wal",
         "ledger.db-shm",
+        "ledger.db.witness",
     }
     ledger.path.chmod(0o644)
     Ledger(ledger.path)
@@ -127,12 +129,7 @@ def test_contradiction_in_the_file_is_refused(ledger: Ledger) -> None:
     ledger.open_run("a", "clicks", StepCosts.constant(EVENT, 100))
     lease = ledger.reserve("a", 0, 10)
     ledger.close()
-    with sqlite3.connect(ledger.path) as raw:
-        raw.execute(
-            "INSERT INTO entries (at, kind, dataset, run_id, lease_id, steps, details) "
-            "VALUES ('', 'steps_settled', 'clicks', 'a', ?, 11, '{}')",
-            [lease.lease_id],
-        )
+    append_raw(ledger.path, "steps_settled", run_id="a", lease_id=lease.lease_id, steps=11)
     with pytest.raises(LedgerError, match="contradicts itself at entry 4"):
         Ledger(ledger.path)
 

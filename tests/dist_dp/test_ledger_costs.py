@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-import sqlite3
 import time
 from collections import Counter
 from concurrent.futures import ThreadPoolExecutor
@@ -21,6 +20,7 @@ from dist_dp.noise_levels import planned_costs
 from dist_dp.run_charges import multiple_of, part_of_plan
 from dist_dp.schedules import ScheduleConfig
 from dist_dp.step_costs import StepCosts
+from tests.dist_dp.ledgers import append_raw
 
 DELTA = 1e-5
 LOUD, MIDDLE, QUIET = (GaussianEvent(sigma, 0.02) for sigma in (8.0, 6.0, 4.0))
@@ -152,15 +152,9 @@ def test_a_calibrated_run_fits_to_the_last_step(tmp_path: Path) -> None:
 def test_an_entry_of_an_earlier_version_is_read(ledger: Ledger) -> None:
     """One event for all steps; and a run without noise."""
     ledger.close()
-    with sqlite3.connect(ledger.path) as raw:
-        for run_id, event in (("old", vars(QUIET)), ("open", None)):
-            details = {"event": event, "planned_steps": 70, "details": {"non_private": not event}}
-            raw.execute("INSERT INTO runs (run_id, dataset) VALUES (?, 'clicks')", [run_id])
-            raw.execute(
-                "INSERT INTO entries (at, kind, dataset, run_id, details) "
-                "VALUES ('', 'run_opened', 'clicks', ?, ?)",
-                [run_id, json.dumps(details)],
-            )
+    for run_id, event in (("old", vars(QUIET)), ("open", None)):
+        details = {"event": event, "planned_steps": 70, "details": {"non_private": not event}}
+        append_raw(ledger.path, "run_opened", run_id=run_id, details=details)
     again = Ledger(ledger.path)
     assert again.run_costs("old") == StepCosts.constant(QUIET, 70)
     lease = again.reserve("old", 1, 50)
@@ -186,13 +180,8 @@ def test_an_entry_of_an_earlier_version_is_read(ledger: Ledger) -> None:
 )
 def test_costs_that_contradict_themselves_are_refused(ledger: Ledger, segments: str) -> None:
     ledger.close()
-    with sqlite3.connect(ledger.path) as raw:
-        raw.execute("INSERT INTO runs (run_id, dataset) VALUES ('b', 'clicks')")
-        raw.execute(
-            "INSERT INTO entries (at, kind, dataset, run_id, details) "
-            "VALUES ('', 'run_opened', 'clicks', 'b', ?)",
-            [f'{{"segments": {segments}, "details": {{}}}}'],
-        )
+    details = {"segments": json.loads(segments), "details": {}}
+    append_raw(ledger.path, "run_opened", run_id="b", details=details)
     with pytest.raises(LedgerError, match="contradicts itself at entry 3"):
         Ledger(ledger.path)
 

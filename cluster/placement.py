@@ -56,11 +56,12 @@ def check_room(cluster: ClusterConfig) -> None:
     each = cluster.cpus_per_worker
     # A worker's CPUs are on one node; what is left over on several nodes makes no worker.
     room = sum(int(have.get("CPU", 0.0) / each + 1e-6) for have in resources)
-    if room < cluster.num_workers:
+    needed = cluster.min_workers or cluster.num_workers
+    if room < needed:
         have = " + ".join(f"{have.get('CPU', 0.0):g}" for have in resources)
         raise ConfigError(
-            f"cluster.num_workers: {cluster.num_workers} workers need "
-            f"{each * cluster.num_workers:g} CPUs, {each:g} on one node for each; {where} has "
+            f"cluster.num_workers: {needed} workers need "
+            f"{each * needed:g} CPUs, {each:g} on one node for each; {where} has "
             f"{have}, room for {room}; lower num_workers or cpus_per_worker, or add nodes"
         )
     if not cluster.use_gpu:
@@ -69,9 +70,9 @@ def check_room(cluster: ClusterConfig) -> None:
         min(int(have.get("GPU", 0.0)), int(have.get("CPU", 0.0) / each + 1e-6))
         for have in resources
     )
-    if room < cluster.num_workers:
+    if room < needed:
         raise ConfigError(
-            f"cluster.use_gpu: {cluster.num_workers} workers need a GPU each, with {each:g} CPUs "
+            f"cluster.use_gpu: {needed} workers need a GPU each, with {each:g} CPUs "
             f"beside it; {where} has {sum(have.get('GPU', 0.0) for have in resources):g} GPUs, "
             f"room for {room}; lower num_workers, or set use_gpu to false"
         )

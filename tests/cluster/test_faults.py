@@ -56,7 +56,7 @@ def same_model(one: Path, other: Path) -> bool:
 
 
 def charged(folder: Path) -> int:
-    return charged_steps(folder / "ledger.sqlite", "clicks.tsv", "run")
+    return charged_steps(folder / "ledger.sqlite", "clicks", "run")
 
 
 @pytest.fixture(scope="module")
@@ -69,11 +69,23 @@ def undisturbed(
 
 @pytest.mark.ray
 @pytest.mark.slow
+def test_killed_twice(
+    undisturbed: tuple[Path, dict[str, Any]], tmp_path: Path, clicks: Path
+) -> None:
+    """The short version, for every day."""
+    harms = [harm("mid-update", rank=1), harm("after the release is recorded")]
+    summary = fit(tmp_path, clicks, harms)
+    assert same_model(tmp_path, undisturbed[0])
+    assert charged(tmp_path) == STEPS and summary["steps_charged"] == STEPS
+
+
+@pytest.mark.ray
+@pytest.mark.slow
 @pytest.mark.chaos
 def test_killed_at_every_moment(
     undisturbed: tuple[Path, dict[str, Any]], tmp_path: Path, clicks: Path
 ) -> None:
-    harms = [harm(moment, rank=0) for moment in MOMENTS]
+    harms = [harm(moment) for moment in MOMENTS[:-1]]  # the last one has a test of its own
     harms[2]["rank"] = harms[5]["rank"] = 1
     harms.append(harm("mid-update", rank=1, step=30))
     summary = fit(tmp_path, clicks, harms)
@@ -84,6 +96,18 @@ def test_killed_at_every_moment(
     assert ledger.open_leases("run") == [] and ledger.run_status("run") == "completed"
     for name in ("steps", "epsilon", "steps_charged", "status"):
         assert summary[name] == whole[name], name
+
+
+@pytest.mark.ray
+@pytest.mark.slow
+@pytest.mark.chaos
+def test_killed_when_all_is_done_but_the_account(
+    undisturbed: tuple[Path, dict[str, Any]], tmp_path: Path, clicks: Path
+) -> None:
+    summary = fit(tmp_path, clicks, [harm(MOMENTS[-1])])
+    assert same_model(tmp_path, undisturbed[0]) and charged(tmp_path) == STEPS
+    assert summary["status"] == "completed"
+    assert Ledger(tmp_path / "ledger.sqlite").run_status("run") == "completed"
 
 
 @pytest.mark.ray

@@ -10,6 +10,7 @@ from dist_dp.distributed import broadcast_object, rank
 from dist_dp.errors import BudgetError, DistDpError, LedgerError
 from dist_dp.ledger import Ledger
 from dist_dp.ledger_address import LedgerAddress
+from dist_dp.ledger_entry import Position
 from dist_dp.plan import PrivacyPlan
 from dist_dp.step_costs import max_steps
 
@@ -104,6 +105,7 @@ def open_account(
     stop_at_budget: bool,
     resumed_at: tuple[int, bool] | None,
     restarted: bool = False,
+    position: Position | None = None,
 ) -> Any:
     """Registers the data set if it is new and opens the run's account; every rank calls it.
 
@@ -121,6 +123,8 @@ def open_account(
         restarted: An earlier attempt at this run may have opened the account, and died before its
             first checkpoint: go on with it then, from step 0.
 
+        position: Of the ledger when the checkpoint was saved, if there is one.
+
     Returns:
         The accountant on rank 0, None elsewhere.
 
@@ -137,6 +141,8 @@ def open_account(
             costs = None if plan.mechanism == "none" else plan.step_costs()
             if restarted and resumed_at is None and accountant.knows_run(run_id):
                 resumed_at = (0, False)
+            if position is not None:
+                accountant.check_contains(position)
             if resumed_at is not None:
                 _check_no_later_release(accountant, run_id, *resumed_at)
                 if costs is not None:

@@ -8,9 +8,10 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 
+from dist_dp.accountant import Accountant
 from dist_dp.checkpoint_groups import check_same_groups
 from dist_dp.checkpoint_state import numbers_of
-from dist_dp.distributed import all_reduce_max, world_size
+from dist_dp.distributed import all_reduce_max, broadcast_object, rank, world_size
 from dist_dp.errors import CheckpointError
 
 if TYPE_CHECKING:
@@ -38,6 +39,7 @@ def describe(engine: PrivacyEngine) -> dict[str, Any]:
         "plan": parts.plan.model_dump(),
         "dense_optimizer": _kind_of_optimizer(parts),
         "steps_charged": engine.steps_charged(),
+        "ledger": _ledger_position(engine),
     }
 
 
@@ -63,6 +65,13 @@ def check_same_run(engine: PrivacyEngine, info: Mapping[str, Any]) -> None:
                 f"it was saved with another {subject}; resume with the same configuration"
             )
     check_same_groups(parts, info["numbers"]["param_groups"])
+
+
+def _ledger_position(engine: PrivacyEngine) -> dict[str, Any] | None:
+    """How far the ledger had come: one that is resumed on must have come as far at least."""
+    held = engine.accountant if rank() == 0 else None
+    position = held.position().to_json() if isinstance(held, Accountant) else None
+    return broadcast_object(position)
 
 
 def _kind_of_optimizer(parts: PrivateModel) -> str | None:

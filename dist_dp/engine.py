@@ -39,6 +39,7 @@ from dist_dp.errors import ConfigError, DistDpError
 from dist_dp.events import PrivacyEvent
 from dist_dp.leases import StepLeases
 from dist_dp.ledger_address import default_ledger, ledger_address
+from dist_dp.ledger_entry import Position
 from dist_dp.loader import PoissonLoader, as_source
 from dist_dp.look_ahead import FeaturesOf, LookAhead
 from dist_dp.mechanisms import mechanism_class
@@ -423,6 +424,7 @@ class PrivacyEngine:
             stop_at_budget=stop_at_budget,
             resumed_at=resumed_at,
             restarted=restarted,
+            position=self._saved_position(),
         )
         done = resumed_at[0] if resumed_at else 0
         leases = StepLeases(
@@ -447,6 +449,13 @@ class PrivacyEngine:
             given = None if look_ahead is True else look_ahead
             LookAhead(module, self._parts.optimizer, loader, given)
         return module, self._parts.optimizer, loader
+
+    def _saved_position(self) -> Position | None:
+        """Where the ledger was when the checkpoint was saved that the run goes on from."""
+        if self.resume_from is None:
+            return None
+        saved = read_checkpoint_info(self.resume_from)["ledger"]
+        return None if saved is None else Position.from_json(saved)
 
     @property
     def secret(self) -> bytes:

@@ -360,8 +360,23 @@ def test_a_ledger_that_knows_of_fewer_steps_is_refused(tmp_path: Path) -> None:
     train(made, most=3)
     folder = save_checkpoint(made, tmp_path / "checkpoint")
     train(engine(tmp_path / "b"), most=2)
-    with pytest.raises(LedgerError, match="holds 3 steps, but the ledger has charged only 2"):
+    with pytest.raises(LedgerError, match="is another one"):
         train(engine(tmp_path / "b", resume_from=folder))
+
+
+def test_a_ledger_rolled_back_with_its_witness_is_refused(tmp_path: Path) -> None:
+    """A snapshot of the whole disk is consistent in itself; the checkpoint has seen more."""
+    made = engine(tmp_path / "a")
+    train(made, most=1, lease_steps=1)
+    shutil.copytree(tmp_path / "a", tmp_path / "kept")
+    folder = save_checkpoint(made, tmp_path / "first")
+    assert made.accountant is not None
+    made.accountant.reserve("run", 2, 1)
+    folder = save_checkpoint(made, tmp_path / "second")
+    shutil.rmtree(tmp_path / "a")
+    (tmp_path / "kept").rename(tmp_path / "a")
+    with pytest.raises(LedgerError, match="older copy"):
+        train(engine(tmp_path / "a", resume_from=folder))
 
 
 def test_a_buffer_that_moved_is_not_saved(tmp_path: Path) -> None:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 from collections import Counter
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -35,7 +36,7 @@ def show(given: str | None, dataset: str | None) -> None:
     table = Table(box=SIMPLE_HEAD)
     table.add_column("data set", overflow="fold")
     table.add_column("unit")
-    for column in ("records", "spent ε", "of ε", "δ", "runs", "not private"):
+    for column in ("units", "spent ε", "of ε", "δ", "runs", "not private"):
         table.add_column(column, justify="right", no_wrap=True)
     for budget in ledger.datasets():
         if dataset is not None and budget.name != dataset:
@@ -52,10 +53,33 @@ def show(given: str | None, dataset: str | None) -> None:
             str(len(spend.non_private_runs)),
         )
     console.print(table)
+    for line in _forecasts(ledger, dataset):
+        console.print(line, highlight=False, markup=False)
     for entry in entries:
         steps = f"{entry.steps} steps" if entry.steps is not None else ""
         line = f"{entry.seq:>5} {entry.at} {entry.kind:<18} {entry.run_id or ''} {steps}"
         console.print(line.rstrip(), highlight=False, markup=False)
+
+
+def _forecasts(ledger: Ledger, dataset: str | None) -> Iterator[str]:
+    """How far the open runs will come."""
+    for budget in ledger.datasets():
+        if dataset is not None and budget.name != dataset:
+            continue
+        for run in ledger.spent(budget.name).runs:
+            if ledger.run_status(run) != "open":
+                continue
+            found = ledger.forecast(run)
+            if found is not None:
+                end = (
+                    f"the budget of {budget.name} ends at step {found.last_step:,}"
+                    if found.ends_early
+                    else f"all fit, ε is {found.epsilon:.4g} then"
+                )
+                yield (
+                    f"{run} is at step {found.charged_to:,} of {found.planned:,} planned; if no "
+                    f"other run goes on, {end}"
+                )
 
 
 def change(

@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING, Any, cast
 
 from dist_dp.events import PrivacyEvent
 from dist_dp.ledger_entry import Entry, Position
+from dist_dp.ledger_grant import Forecast
 from dist_dp.ledger_state import DatasetBudget, Lease, Spend
 from dist_dp.step_costs import StepCosts
 
@@ -33,6 +34,7 @@ READING = frozenset(
         "knows_run",
         "open_leases",
         "charged_to",
+        "forecast",
         "run_status",
         "run_charges",
         "run_costs",
@@ -158,6 +160,10 @@ class Accountant(ABC):
     def run_status(self, run_id: str) -> str:
         """Return `open`, or how a run ended."""
         return str(self._call("run_status", run_id))
+
+    def forecast(self, run_id: str) -> Forecast | None:
+        """Return at which step the budget ends for a run."""
+        return cast("Forecast | None", self._call("forecast", run_id))
 
     def charged_to(self, run_id: str) -> int:
         """Return the last step that a run is charged for by its latest lease."""

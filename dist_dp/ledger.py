@@ -19,6 +19,7 @@ from dist_dp.errors import BudgetError, LedgerError
 from dist_dp.events import PrivacyEvent
 from dist_dp.ledger_entry import Entry, Position
 from dist_dp.ledger_file import check_name, repeatable
+from dist_dp.ledger_grant import Forecast, forecast
 from dist_dp.ledger_leases import LeaseLedger, lease_of
 from dist_dp.ledger_state import DatasetBudget, Lease, Reservation, Spend
 from dist_dp.step_costs import StepCosts
@@ -183,6 +184,15 @@ class Ledger(LeaseLedger):
         """
         with self._transaction(write=False):
             return self._state.run(run_id).status
+
+    def forecast(self, run_id: str) -> Forecast | None:
+        """Return at which step the budget ends for a run; see `dist_dp.ledger_grant.forecast`.
+
+        Raises:
+            LedgerError: the run is unknown.
+        """
+        with self._transaction(write=False):
+            return forecast(self._state, run_id)
 
     def charged_to(self, run_id: str) -> int:
         """Return the last step that a run is charged for by its latest lease, 0 if none.

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import contextlib
+import dataclasses
 import json
 import time
 from collections import Counter
@@ -229,3 +231,29 @@ def test_leases_of_a_run_with_sixteen_levels_are_quick(tmp_path: Path) -> None:
     for step in range(1, 5001, 50):
         assert ledger.reserve("a", step, 50).steps == 50
     assert time.process_time() - start < 30
+
+
+def test_a_forecast_says_where_the_budget_ends(tmp_path: Path) -> None:
+    """What it says is what reserving one lease after another comes to."""
+    event = GaussianEvent(1.0, 0.01)
+    budget = epsilon_of({event: 70}, 1e-5) * (1 + 1e-9)
+    with contextlib.closing(Ledger(tmp_path / "books.sqlite")) as ledger:
+        ledger.register_dataset(
+            "clicks", fingerprint="f", num_records=100, epsilon=budget, delta=1e-5
+        )
+        for run in ("one", "two"):
+            ledger.open_run(run, "clicks", StepCosts.constant(event, 50))
+        ledger.open_run("loud", "clicks", None, {"non_private": True})
+        first = ledger.forecast("one")
+        assert first is not None and (first.charged_to, first.last_step) == (0, 50)
+        assert not first.ends_early and first.epsilon == epsilon_of({event: 50}, 1e-5)
+        for step in range(1, 50, 7):
+            ledger.reserve("one", step, 7)
+        lease = ledger.reserve("one", 50, 1)
+        ledger.settle(lease.lease_id, 0)
+        found = ledger.forecast("two")
+        assert found is not None and found.ends_early
+        assert (found.charged_to, found.planned, found.last_step) == (0, 50, 21)
+        assert ledger.reserve("two", 1, 50).steps == 21
+        assert ledger.forecast("two") == dataclasses.replace(found, charged_to=21)
+        assert ledger.forecast("loud") is None

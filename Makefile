@@ -36,7 +36,7 @@ NATIVE_TESTS := $(addprefix tests/kernels/test_,$(addsuffix .py,\
   implementations settle normal uniforms arguments operators tables states))
 LINTED := setup.py dist_dp kernels cluster datasets tests examples
 
-.PHONY: help setup demo test test-fast sanitize lint format wheel clean
+.PHONY: help setup demo test chaos test-fast sanitize lint format wheel clean
 
 help:  ## show this list
 	@sed -n 's/^\([a-z-]*\):.*##  *\(.*\)/\1|\2/p' Makefile \
@@ -78,6 +78,9 @@ demo: setup  ## train a private model on two local Ray workers, on generated dat
 
 test: setup  ## run the whole test-suite
 	@$(BIN)/pytest -m '$(DESELECT)' $(PYTEST_ARGS)
+
+chaos: setup  ## kill workers at every moment, and at random: half an hour
+	@$(BIN)/pytest -s -m 'chaos' $(PYTEST_ARGS)
 
 test-fast: setup  ## run the tests that need neither Ray nor patience
 	@$(BIN)/pytest -m 'not slow and not ray and not gpu and not chaos' $(PYTEST_ARGS)

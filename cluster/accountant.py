@@ -9,18 +9,22 @@ from __future__ import annotations
 
 import hashlib
 import os
+import threading
 import time
 from pathlib import Path
 from typing import Any
 
 from dist_dp.accountant import READING, WRITING, Accountant
+from dist_dp.cluster.live_metrics import LedgerMetrics
 from dist_dp.errors import DistDpError, LedgerError
+from dist_dp.group_commit import GroupedLedger
 from dist_dp.ledger import Ledger
 from dist_dp.ledger_address import LedgerAddress, ledger_address
 
 NAMESPACE = "dist-dp"
 _NAME = "dist-dp-accountant"
 _PAUSE_S = 0.2
+_CALLS_AT_ONCE = 64
 
 
 class AccountantActor:
@@ -35,15 +39,18 @@ class AccountantActor:
     def __init__(self, address: LedgerAddress, environment: dict[str, str]) -> None:
         os.environ.update(environment)
         self._address = address
-        self._ledger: Ledger | None = None
+        self._ledger: GroupedLedger | None = None
+        self._opening = threading.Lock()
+        self._metrics = LedgerMetrics()
 
     def call(self, method: str, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
         """Call one of the ledger's methods."""
         if method not in WRITING | READING:
             raise LedgerError(f"the accountant has no method {method!r}")
-        if self._ledger is None:
-            self._ledger = Ledger(self._address)
-        return getattr(self._ledger, method)(*args, **kwargs)
+        with self._opening:
+            if self._ledger is None:
+                self._ledger = GroupedLedger(Ledger(self._address))
+        return self._metrics.call(self._ledger, method, args, kwargs)
 
     def pid(self) -> int:
         """Return the process of the actor."""
@@ -161,6 +168,8 @@ def start_accountant(
         lifetime="detached",
         get_if_exists=True,
         num_cpus=0,
+        # Reservations that come while one is written share the next write.
+        max_concurrency=_CALLS_AT_ONCE,
         max_restarts=-1,
         max_task_retries=-1,
         scheduling_strategy=here,

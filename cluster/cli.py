@@ -9,6 +9,8 @@ from typing import Annotated, Any, Literal
 import typer
 
 from dist_dp.cluster.bench.commands import bench_app
+from dist_dp.cluster.data_commands import convert, generate
+from dist_dp.cluster.node_commands import cluster_app
 from dist_dp.cluster.readable_errors import readable_errors
 
 app = typer.Typer(
@@ -20,6 +22,9 @@ app = typer.Typer(
 budget_app = typer.Typer(help="Look at and set the privacy budgets in the ledger.")
 app.add_typer(budget_app, name="budget", no_args_is_help=True)
 app.add_typer(bench_app, name="bench", no_args_is_help=True)
+app.add_typer(cluster_app, name="cluster", no_args_is_help=True)
+app.command("convert")(convert)
+app.command("generate")(generate)
 
 ConfigOption = Annotated[
     Path | None, typer.Option("--config", "-c", help="YAML file; see examples/.")
@@ -131,6 +136,9 @@ def plan(
     num_records: Annotated[
         int | None, typer.Option(min=1, help="Training records, to plan without the data.")
     ] = None,
+    num_users: Annotated[
+        int | None, typer.Option(min=1, help="Or their users, with privacy.unit user.")
+    ] = None,
     epsilon: EpsilonOption = None,
     delta: DeltaOption = None,
     num_workers: WorkersOption = None,
@@ -167,7 +175,9 @@ def plan(
         },
     )
     speed = Speed(machine, pooling, network_gbits, latency_us)
-    report = make_report(resolved, num_records=num_records, speed=speed, verbose=verbose)
+    report = make_report(
+        resolved, num_records=num_records, num_users=num_users, speed=speed, verbose=verbose
+    )
     if json_output:
         print(json.dumps(report, indent=2))
     else:
@@ -232,57 +242,6 @@ def export(
 
     folder = export_release(run, to)
     print(f"released model in {folder} (start with {folder / 'MODEL_CARD.md'})")
-
-
-@app.command()
-@readable_errors
-def convert(
-    source: Annotated[Path, typer.Argument(help="File or folder of raw records.")],
-    to: Annotated[Path, typer.Option("--to", help="Folder of the store to create.")],
-    config: ConfigOption = None,
-    format_name: Annotated[str, typer.Option("--format", help="Format of the source.")] = "auto",
-    skip_bad_rows: SkipOption = False,
-) -> None:
-    """Convert raw records to memory-mapped Arrow, once."""
-    from dist_dp.cluster.config import DataConfig, load_config
-    from dist_dp.cluster.console import skipped_text
-    from dist_dp.datasets.convert import convert as convert_data
-
-    data = load_config(config).data if config else DataConfig()
-    manifest = convert_data(
-        source,
-        to,
-        format=format_name if format_name != "auto" else data.format,
-        schema=data.columns,
-        split={name: share for name, share in data.split.items() if share > 0},
-        split_seed=data.split_seed,
-        skip_bad_rows=skip_bad_rows or data.skip_bad_rows,
-    )
-    rows = ", ".join(f"{name} {info.rows:,}" for name, info in manifest.splits.items())
-    print(f"{to}: {rows}")
-    if manifest.skipped_rows:
-        print(f"left out: {skipped_text(manifest.skipped_rows)}")
-
-
-@app.command()
-@readable_errors
-def generate(
-    out: Annotated[Path, typer.Argument(help="TSV file to write, in Criteo's layout.")],
-    records: Annotated[int, typer.Option(min=1, help="Number of records.")] = 100_000,
-    seed: Annotated[int, typer.Option(help="Seed of records and truth.")] = 0,
-) -> None:
-    """Generate click logs with a planted truth whose best AUC is known."""
-    from dist_dp.datasets.synthetic import write_criteo_like
-    from dist_dp.errors import DataError
-
-    for path in (out, Path(f"{out}.truth.json")):
-        if path.exists():
-            raise DataError(f"'{path}' exists; choose another file, or remove it first")
-    truth = write_criteo_like(out, records, seed=seed)
-    print(
-        f"{out}: {records:,} records, click rate {truth['click_rate']:.3f}, best possible AUC "
-        f"{truth['best_auc']:.4f}"
-    )
 
 
 @app.command()

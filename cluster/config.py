@@ -60,6 +60,8 @@ class DataConfig(_Section):
             Runs on the same records must use the same name: they share its budget.
         format: ``auto``, ``criteo``, ``movielens-100k``, ``movielens-1m`` or ``parquet``.
         columns: Label and features; needed for Parquet, else the format's own.
+        user: Column with the key of each record's user, for ``privacy.unit: user``; a hash of it is
+            stored with the record.
         num_embeddings: Rows by table name.
         max_num_embeddings: Cap on the rows of every hashed table.
         split: Fractions of train, valid and test.
@@ -72,6 +74,7 @@ class DataConfig(_Section):
     name: Annotated[str, Field(min_length=1)] | None = None
     format: Literal["auto", "criteo", "movielens-100k", "movielens-1m", "parquet"] = "auto"
     columns: DataSchema | None = None
+    user: Annotated[str, Field(min_length=1)] | None = None
     num_embeddings: dict[str, Annotated[int, Field(ge=1)]] = {}
     max_num_embeddings: Annotated[int, Field(ge=1)] | None = None
     split: dict[Literal["train", "valid", "test"], Fraction] = {
@@ -89,6 +92,11 @@ class DataConfig(_Section):
             raise ValueError("split: fractions must sum to 1, with train above 0")
         if self.format == "parquet" and self.columns is None:
             raise ValueError("columns: Parquet has no schema of its own; declare label and sparse")
+        if self.user is not None and self.format == "criteo":
+            raise ValueError(
+                "user: the Criteo layout does not say whose a record is; convert the logs to "
+                "Parquet with a column of users, or remove user"
+            )
         return self
 
 
@@ -148,7 +156,10 @@ class PrivacyConfig(_Section):
     Attributes:
         mechanism: ``lazydp``, ``dpsgd`` or ``none``.
         epsilon: Target ε; the noise is calibrated to it. Or give ``noise_multiplier``.
-        delta: δ; by default 0.1 / number of training records.
+        unit: What is protected: one ``record``, or one ``user`` with all its records. With users,
+            ``train.expected_batch_size``, epochs and δ count users.
+        max_records_per_user: Most records of a user in a step, for unit ``user``.
+        delta: δ; by default 0.1 / number of units in the training records.
         noise_multiplier: σ, instead of ``epsilon``; the largest of any step.
         max_grad_norm: Clip norm C over all parameters together.
         clip_schedule: Factor of ``max_grad_norm`` by step, as the learning rate's schedule with
@@ -156,7 +167,7 @@ class PrivacyConfig(_Section):
         noise_multiplier_schedule: Factor of ``noise_multiplier``, given or calibrated, by step,
             likewise with base 1; rounded up to 16 levels. ε is that of what is drawn.
         accountant: ``pld`` (tight) or ``rdp`` (for comparison).
-        allow_large_delta: Accept δ ≥ 1 / number of records all the same.
+        allow_large_delta: Accept δ ≥ 1 / number of units all the same.
         dataset_budget: Total of the data set, if the ledger does not know it yet; by default
             what this run will spend.
         stop_at_budget: Start although the data set's budget does not allow all steps, and stop
@@ -167,6 +178,8 @@ class PrivacyConfig(_Section):
     """
 
     mechanism: Literal["none", "dpsgd", "lazydp"] = "lazydp"
+    unit: Literal["record", "user"] = "record"
+    max_records_per_user: Annotated[int, Field(ge=1)] | None = None
     epsilon: float | None = None
     delta: float | None = None
     noise_multiplier: Annotated[float, Field(gt=0)] | None = None
@@ -211,6 +224,15 @@ class PrivacyConfig(_Section):
 
     @model_validator(mode="after")
     def _check(self) -> PrivacyConfig:
+        if self.unit == "user" and self.max_records_per_user is None:
+            raise ValueError(
+                "max_records_per_user: is missing; unit 'user' needs the most records that a user "
+                "may have in a step"
+            )
+        if self.unit == "record" and self.max_records_per_user is not None:
+            raise ValueError(
+                "max_records_per_user: goes with unit 'user'; set unit, or remove it (as null)"
+            )
         if self.mechanism == "none":
             if self.epsilon is not None or self.noise_multiplier is not None:
                 raise ValueError(
@@ -251,7 +273,8 @@ class TrainConfig(_Section):
     Attributes:
         epochs: Expected passes over the training records; or give ``steps``.
         steps: Number of steps.
-        expected_batch_size: Mean Poisson batch, over all workers.
+        expected_batch_size: Mean Poisson batch, over all workers, in units of privacy (records, or
+            users with ``privacy.unit: user``).
         micro_batch_size: Most examples that a worker sees at a time; a batch then comes in parts
             and needs less memory for dense layers, with the same result. By default whole.
         learning_rate: Schedule of the tables; a number is a constant rate.
@@ -329,17 +352,41 @@ class ClusterConfig(_Section):
             ``grid``; by default all. A run asks Ray how many there are.
         address: A running Ray cluster (``auto``, ``ray://…`` or host:port); by default one is
             started on this machine.
+        placement: ``spread`` over as many nodes as there are, or ``pack`` on few.
+        workers_off_head: No worker on the driver's node, where the ledger and its accountant are
+            (for a submitted job, the head of the cluster).
         use_gpu: A GPU for each worker; by default if this machine has that many.
         cpus_per_worker: CPUs that Ray reserves for each worker.
         threads_per_worker: Threads of PyTorch in each worker; by default a fair share.
+        min_workers: Go on with as few as so many workers after a loss, until there is room for
+            ``num_workers`` again; by default wait for that room. Tables and records are shared out
+            anew. With another number of workers a replayed step comes out with other rounding, so
+            it is charged again.
+        max_failures: How often the run goes on from its last checkpoint after workers were lost
+            (-1: always). Needs ``train.checkpoint_every``; without it a loss ends the run.
+        hang_timeout_s: Seconds without a step, or in wait of another worker, after which workers
+            are ended and started again.
     """
 
     num_workers: Annotated[int, Field(ge=1)] = 1
     workers_per_node: Annotated[int, Field(ge=1)] | None = None
     address: str | None = None
+    placement: Literal["pack", "spread"] = "pack"
+    workers_off_head: bool = False
     use_gpu: bool | None = None
     cpus_per_worker: Annotated[float, Field(gt=0)] = 1
     threads_per_worker: Annotated[int, Field(ge=1)] | None = None
+    min_workers: Annotated[int, Field(ge=1)] | None = None
+    max_failures: Annotated[int, Field(ge=-1)] = 3
+    hang_timeout_s: Annotated[float, Field(gt=0)] = 1800.0
+
+    @model_validator(mode="after")
+    def _no_more_than_there_are(self) -> ClusterConfig:
+        if self.min_workers is not None and self.min_workers > self.num_workers:
+            raise ValueError(
+                f"min_workers: {self.min_workers} is more than num_workers, {self.num_workers}"
+            )
+        return self
 
 
 class OutputConfig(_Section):
@@ -349,11 +396,15 @@ class OutputConfig(_Section):
         folder: Folder of all runs.
         name: Name of the run; by default data set and time.
         tensorboard: Also write TensorBoard events.
+        live_metrics: What Ray's metrics (for Prometheus) show: ``ledger``, what the privacy ledger
+            tells; ``all``, also losses and times, which are as private as the run folder; or
+            ``none`` of the run (the accountant shows budgets all the same).
     """
 
     folder: str = "runs"
     name: Annotated[str, Field(pattern=r"^[A-Za-z0-9][A-Za-z0-9._-]*$")] | None = None
     tensorboard: bool = True
+    live_metrics: Literal["none", "ledger", "all"] = "ledger"
 
 
 class RunConfig(_Section):
@@ -379,6 +430,13 @@ class RunConfig(_Section):
             raise ValueError(
                 "noise.grid: mechanism 'none' adds no noise to put on a grid; remove it, or choose "
                 "lazydp"
+            )
+        most, part = self.privacy.max_records_per_user, self.train.micro_batch_size
+        if most is not None and part is not None and part < most:
+            raise ValueError(
+                f"train.micro_batch_size: {part} is below privacy.max_records_per_user {most}; a "
+                "user's records are clipped together, so they come in one part: raise it, or lower "
+                "max_records_per_user"
             )
         if self.train.momentum and self.noise.grid is not None:
             raise ValueError("noise.grid: does not go with train.momentum; remove one of them")

@@ -138,7 +138,11 @@ def print_summary(summary: dict[str, Any], folder: Path) -> None:
 
     table = Table.grid(padding=(0, 2))
     if summary["private"]:
-        table.add_row("privacy", f"ε = {number('epsilon', '.4g')}, δ = {number('delta', '.3g')}")
+        unit = summary.get("unit_of_privacy", "record")
+        table.add_row(
+            "privacy",
+            f"ε = {number('epsilon', '.4g')}, δ = {number('delta', '.3g')} for each {unit}",
+        )
         table.add_row(
             "budget",
             f"data set '{summary['dataset']}' has spent ε = "

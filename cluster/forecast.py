@@ -14,7 +14,8 @@ from dist_dp.cluster.config import RunConfig
 from dist_dp.cluster.workload import PlannedTable, slowest, workloads
 from dist_dp.cost_model import MachineRates, predict, release_seconds
 from dist_dp.plan import PrivacyPlan
-from dist_dp.step_counts import DenseShape, step_counts, total
+from dist_dp.step_counts import step_counts, total
+from dist_dp.step_shapes import DenseShape
 
 
 @dataclass(frozen=True)
@@ -58,11 +59,11 @@ def forecast_step(
     dense: DenseShape,
     plan: PrivacyPlan,
     speed: Speed,
+    records: float | None = None,
 ) -> dict[str, Any]:
     """Predicted time of a step on CPUs, of the slowest worker; see docs/cost-model.md.
 
-    Tables with momentum, of half precision or with Adagrad are counted as plain ones. The model
-    was found right with one id in a bag only; with many it is too slow, up to three times.
+    Tables with momentum, of half precision or with Adagrad are counted as plain ones.
 
     Args:
         config: Of the run.
@@ -70,6 +71,8 @@ def forecast_step(
         dense: The model outside its tables.
         plan: The privacy plan.
         speed: What to assume.
+        records: Records of a step, where the plan's batch counts users. What it costs to clip them
+            by user is not counted.
 
     Returns:
         Simple types: ``step_ms`` and ``phases_ms``, ``none_ms`` for the same step without privacy,
@@ -77,13 +80,14 @@ def forecast_step(
     """
     workers = config.cluster.num_workers
     rates = speed.rates(config.cluster.threads_per_worker)
+    records = plan.expected_batch_size if records is None else records
 
     def of(mechanism: str) -> tuple[dict[str, float], Any]:
         found = workloads(
             mechanism,
             tables,
             dense,
-            expected_batch_size=plan.expected_batch_size,
+            expected_batch_size=records,
             workers=workers,
             pooling=speed.pooling,
         )
@@ -98,13 +102,13 @@ def forecast_step(
         "step_ms": 1e3 * seconds["total"],
         "phases_ms": {k: 1e3 * v for k, v in seconds.items() if k != "total"},
         "none_ms": 1e3 * floor["total"],
-        "examples_per_second": plan.expected_batch_size / seconds["total"],
+        "examples_per_second": records / seconds["total"],
         "ratio_to_none": floor["total"] / seconds["total"],
         "release_seconds": release_seconds(workload, rates),
         "work": {
             "matmul_flops": work.matmul_flops + work.small_matmul_flops,
             "normals": work.settle_normals + work.stream_normals + work.torch_normals,
-            "table_bytes": work.lookup_bytes + work.update_bytes + work.stream_bytes,
+            "table_bytes": work.lookup.id_bytes + 2 * work.update.row_bytes + work.stream_bytes,
             "sent_bytes": work.all_to_all_bytes + work.all_reduce_bytes + work.all_gather_bytes,
             "messages": work.rounds,
         },
@@ -133,12 +137,6 @@ def print_forecast(console: Console, forecast: dict[str, Any]) -> None:
         f"{work['messages']:.0f} rounds",
     )
     table.add_row("release", f"{forecast['release_seconds']:,.0f} s")
-    if forecast["pooling"] > 1:
-        table.add_row(
-            "beware",
-            "with many ids in a bag a step was up to three times faster than predicted, and the "
-            "private one slower beside it (docs/cost-model.md)",
-        )
     table.add_row(
         "assumes",
         f"{forecast['threads_a_worker']} threads a worker, {forecast['pooling']:g} ids a bag; "

@@ -76,30 +76,33 @@ class Job:
         return store
 
 
-def make_plan(config: RunConfig, num_records: int) -> PrivacyPlan:
+def make_plan(config: RunConfig, num_units: int) -> PrivacyPlan:
     """The privacy plan of a configuration, calibrated.
 
     Args:
         config: The configuration.
-        num_records: Records of the training split.
+        num_units: Records of the training split, or its users where they are the unit of privacy.
 
     Raises:
-        ConfigError: It does not fit the number of records, or the noise of a step would be too
+        ConfigError: It does not fit the number of units, or the noise of a step would be too
             small or too large to be represented.
     """
     privacy, train = config.privacy, config.train
     steps = train.steps
     if steps is None:
         assert train.epochs is not None
-        steps = max(1, math.ceil(train.epochs * num_records / train.expected_batch_size))
-    delta = privacy.delta if privacy.delta is not None else 0.1 / max(1, num_records)
+        steps = max(1, math.ceil(train.epochs * num_units / train.expected_batch_size))
+    delta = privacy.delta if privacy.delta is not None else 0.1 / max(1, num_units)
     plan = PrivacyPlan(
         mechanism=privacy.mechanism,
         noise_multiplier=privacy.noise_multiplier,
         max_grad_norm=privacy.max_grad_norm,
         clip_schedule=privacy.clip_schedule,
         noise_multiplier_schedule=privacy.noise_multiplier_schedule,
-        num_records=num_records,
+        unit=privacy.unit,
+        num_records=num_units if privacy.unit == "record" else None,
+        num_users=num_units if privacy.unit == "user" else None,
+        max_records_per_user=privacy.max_records_per_user,
         expected_batch_size=train.expected_batch_size,
         steps=steps,
         delta=None if privacy.mechanism == "none" else delta,

@@ -2,9 +2,12 @@
 
 from __future__ import annotations
 
+import time
 from typing import Any
 
 import ray
+
+from dist_dp.errors import DistDpError
 
 NAMESPACE = "dist-dp"
 
@@ -13,11 +16,38 @@ class _Monitor:
     def __init__(self) -> None:
         self._latest: dict[str, Any] = {}
         self._stop = False
+        self._heard = time.monotonic()
+        self._failure: BaseException | None = None
+        self._workers: list[Any] = []
 
     def push(self, progress: dict[str, Any]) -> bool:
         """Keeps the latest progress; returns whether a stop was asked for."""
         self._latest = {**self._latest, **progress}
+        self._heard = time.monotonic()
         return self._stop
+
+    def join(self, worker: list[Any]) -> None:
+        """A worker has begun: its actor, in a list, since a bare handle would not stay one."""
+        self._latest.pop("phase", None)
+        self._workers += worker
+
+    def silence(self) -> tuple[float, list[Any]]:
+        """Seconds since the last word while they train, else 0; and the workers' actors."""
+        training = self._latest.get("phase") == "training"
+        return (time.monotonic() - self._heard if training else 0.0), self._workers
+
+    def forget_workers(self) -> None:
+        """They are about to be ended; those that come after them join anew."""
+        self._latest.pop("phase", None)
+        self._workers = []
+
+    def fail(self, error: BaseException) -> None:
+        """The run cannot go on; the first reason stays."""
+        self._failure = self._failure or error
+
+    def failure(self) -> list[BaseException]:
+        """Why the run cannot go on, if so; in a list, for Ray would raise a bare error."""
+        return [] if self._failure is None else [self._failure]
 
     def latest(self) -> dict[str, Any]:
         """The latest progress."""
@@ -55,6 +85,23 @@ class MonitorLink:
         self._collect()
         if self._answer is None:
             self._answer = self._actor.push.remote(progress)
+
+    def join(self) -> None:
+        """Tells that this worker has begun, so that it can be ended should it hang."""
+        ray.get(self._actor.join.remote([ray.get_runtime_context().current_actor]))
+
+    def fail(self, error: BaseException) -> None:
+        """Tells that the run cannot go on."""
+        try:
+            ray.get(self._actor.fail.remote(error))
+        except TypeError:  # it cannot be sent
+            ray.get(self._actor.fail.remote(DistDpError(f"{type(error).__name__}: {error}")))
+
+    @property
+    def failure(self) -> BaseException | None:
+        """Why the run cannot go on, if a worker has said so."""
+        found = ray.get(self._actor.failure.remote())
+        return found[0] if found else None
 
     @property
     def stop_requested(self) -> bool:

@@ -19,7 +19,6 @@ from dist_dp.cluster.workload import PlannedTable, dense_shape, planned_tables
 from dist_dp.datasets.schema import DataSchema
 from dist_dp.errors import ConfigError
 from dist_dp.noise_grid import MULTIPLES, spacing_text
-from dist_dp.plan import PrivacyPlan
 from dist_dp.sharding import TableOptimizer
 
 HISTORY_BYTES_A_ROW = 4
@@ -30,6 +29,7 @@ def make_report(
     config: RunConfig,
     *,
     num_records: int | None = None,
+    num_users: int | None = None,
     speed: Speed | None = None,
     verbose: bool = False,
 ) -> dict[str, Any]:
@@ -39,6 +39,8 @@ def make_report(
         config: The configuration.
         num_records: Training records, to plan without reading data (the format's default schema
             or the declared one is used then).
+        num_users: Users of the training records, likewise, with ``privacy.unit: user``; each is
+            taken to have as many records in a step as it may.
         speed: What the forecast of a step's time assumes.
         verbose: Let libraries log.
 
@@ -50,17 +52,26 @@ def make_report(
     """
     quiet.apply(verbose)
     skipped: dict[str, int] = {}
-    if num_records is None:
+    unit = config.privacy.unit
+    num_units = num_users if unit == "user" else num_records
+    if num_units is None and (num_records, num_users) != (None, None):
+        raise ConfigError(
+            f"the unit of privacy is one {unit}: plan with --num-{unit}s, or change privacy.unit"
+        )
+    if num_units is None:
         from dist_dp.cluster.prepare import prepare
 
         prepared = prepare(config)
         schema, plan, dataset = prepared.schema, prepared.plan, prepared.dataset
         skipped = dict(prepared.store.manifest.skipped_rows)
+        records_per_unit = prepared.records_per_unit
     else:
         schema, dataset = _declared_schema(config), config.data.name or "not named"
-        plan = make_plan(config, num_records)
+        plan = make_plan(config, num_units)
+        records_per_unit = float(plan.max_records_per_user or 1)
+    records = plan.expected_batch_size * records_per_unit
     model = build_model(config.model, schema)
-    planned = _tables(config, model, plan)
+    planned = _tables(config, model, records)
     tables = [_simple(table) for table in planned]
     memory = _memory_by_worker(config, tables)
     private = plan.is_private
@@ -73,17 +84,20 @@ def make_report(
         "noise_multiplier_range": list(plan.noise_multiplier_range()),
         "max_grad_norm": plan.max_grad_norm,
         "noise_grid": plan.noise_grid,
-        "num_records": plan.num_records,
+        "unit": plan.unit,
+        f"num_{plan.unit}s": plan.num_units,
+        "max_records_per_user": plan.max_records_per_user,
+        "expected_records": records,
         "skipped_rows": skipped,
         "expected_batch_size": plan.expected_batch_size,
         "sample_rate": plan.sample_rate,
         "steps": plan.steps,
-        "epochs": plan.steps * plan.expected_batch_size / plan.num_records,
+        "epochs": plan.steps * plan.expected_batch_size / plan.num_units,
         "num_workers": config.cluster.num_workers,
         "memory_bytes_by_worker": memory,
         "forecast": None
         if config.cluster.use_gpu
-        else forecast_step(config, planned, dense_shape(model), plan, speed or Speed()),
+        else forecast_step(config, planned, dense_shape(model), plan, speed or Speed(), records),
         "tables": tables,
         "statement": plan.statement(),
     }
@@ -109,7 +123,7 @@ def _declared_schema(config: RunConfig) -> DataSchema:
     return schema.with_num_embeddings(data.num_embeddings, data.max_num_embeddings)
 
 
-def _tables(config: RunConfig, model: nn.Module, plan: PrivacyPlan) -> list[PlannedTable]:
+def _tables(config: RunConfig, model: nn.Module, records: float) -> list[PlannedTable]:
     """Every table, as the workers would hold it."""
     workers = config.cluster.num_workers
     return planned_tables(
@@ -117,7 +131,7 @@ def _tables(config: RunConfig, model: nn.Module, plan: PrivacyPlan) -> list[Plan
         config.model.sharding,
         workers=workers,
         device_type="cuda" if config.cluster.use_gpu else "cpu",
-        batch_size=int(plan.expected_batch_size / workers),
+        batch_size=int(records / workers),
         optimizer=TableOptimizer(config.train.table_optimizer),
         workers_per_node=config.cluster.workers_per_node,
     )
@@ -166,7 +180,10 @@ def print_report(report: dict[str, Any]) -> None:
     if report["epsilon"] is None:
         head.add_row("privacy", f"[bold red]none[/] (mechanism {report['mechanism']})")
     else:
-        head.add_row("privacy", f"ε = {report['epsilon']:.4g}, δ = {report['delta']:.3g}")
+        head.add_row(
+            "privacy",
+            f"ε = {report['epsilon']:.4g}, δ = {report['delta']:.3g} for each {report['unit']}",
+        )
         head.add_row("noise multiplier", _noise(report))
         head.add_row("clip norm", f"{report['max_grad_norm']:g}")
     if report["noise_grid"] is not None:
@@ -176,13 +193,17 @@ def print_report(report: dict[str, Any]) -> None:
             f"{spacing_text(spacing)}, table weights within ±{MULTIPLES * spacing:g}",
         )
     head.add_row("mechanism", report["mechanism"])
-    head.add_row("records", f"{report['num_records']:,} (data set '{report['dataset']}')")
+    units = f"{report['unit']}s"
+    head.add_row(units, f"{report[f'num_{units}']:,} (data set '{report['dataset']}')")
+    if report["max_records_per_user"] is not None:
+        head.add_row("records of a user", f"at most {report['max_records_per_user']:,} in a step")
     if report["skipped_rows"]:
         head.add_row("left out", skipped_text(report["skipped_rows"]))
     head.add_row(
         "expected batch",
-        f"{report['expected_batch_size']:g} over {report['num_workers']} worker(s), sample rate "
-        f"{report['sample_rate']:.4g}",
+        f"{report['expected_batch_size']:g} {units} over {report['num_workers']} worker(s), "
+        f"sample rate {report['sample_rate']:.4g}"
+        + ("" if units == "records" else f", {report['expected_records']:,.0f} records"),
     )
     head.add_row("steps", f"{report['steps']:,} ({report['epochs']:.2f} epochs)")
     console.print(head)

@@ -13,6 +13,7 @@ from dist_dp.datasets.schema import DataSchema
 from dist_dp.datasets.store import ArrowStore
 from dist_dp.errors import ConfigError, DataError
 from dist_dp.plan import PrivacyPlan
+from dist_dp.user_records import users_of
 
 
 @dataclass(frozen=True)
@@ -24,12 +25,14 @@ class Prepared:
         schema: Features with this run's table sizes.
         dataset: Name in the ledger.
         plan: The calibrated privacy plan.
+        records_per_unit: Mean number of records that take part in a step for each unit drawn.
     """
 
     store: ArrowStore
     schema: DataSchema
     dataset: str
     plan: PrivacyPlan
+    records_per_unit: float = 1.0
 
 
 def prepare(config: RunConfig, *, progress: bool = True) -> Prepared:
@@ -51,7 +54,18 @@ def prepare(config: RunConfig, *, progress: bool = True) -> Prepared:
         )
     _check_sharding(config, schema)
     dataset = config.data.name or _stem(config)
-    return Prepared(store, schema, dataset, make_plan(config, records))
+    if config.privacy.unit == "record":
+        return Prepared(store, schema, dataset, make_plan(config, records))
+    if store.schema.user is None:
+        raise ConfigError(
+            f"privacy.unit 'user' needs to know whose a record is, but {store.path} was converted "
+            "without users: name their column (data.user; in MovieLens it is user_id)"
+        )
+    users = users_of(store.split("train"))
+    most = config.privacy.max_records_per_user
+    assert most is not None
+    plan = make_plan(config, users.num_users)
+    return Prepared(store, schema, dataset, plan, users.mean_records(most))
 
 
 def open_data(config: RunConfig, *, progress: bool = True) -> tuple[ArrowStore, DataSchema]:
@@ -66,6 +80,8 @@ def open_data(config: RunConfig, *, progress: bool = True) -> tuple[ArrowStore, 
     }
     if (source / "manifest.json").is_file():
         schema = ArrowStore.open(source).schema.with_num_embeddings(**sizes)
+        if data.user is not None:
+            schema = schema.with_user(data.user)
         return _verified(source, schema), schema
     destination = Path(data.store) if data.store else _default_store(config, source)
     # Others may read the folder of the runs, but not the records.
@@ -73,6 +89,7 @@ def open_data(config: RunConfig, *, progress: bool = True) -> tuple[ArrowStore, 
     options: dict[str, Any] = {
         "format": data.format,
         "schema": data.columns,
+        "user": data.user,
         "split": {name: share for name, share in data.split.items() if share > 0},
         "split_seed": data.split_seed,
         "skip_bad_rows": data.skip_bad_rows,
@@ -123,6 +140,11 @@ def _default_store(config: RunConfig, source: Path) -> Path:
     how = config.data.model_dump(
         mode="json", include={"format", "columns", "split", "split_seed", "skip_bad_rows"}
     )
+    # A schema that names no user is written as it was before schemas could: its store stays.
+    if how["columns"] is not None and how["columns"]["user"] is None:
+        del how["columns"]["user"]
+    if config.data.user is not None:
+        how["user"] = config.data.user
     text = json.dumps([str(source.resolve()), how], sort_keys=True)
     digest = hashlib.sha256(text.encode()).hexdigest()[:10]
     return Path(config.output.folder) / ".data" / f"{_stem(config)}-{digest}"

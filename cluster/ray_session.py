@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import importlib
 import logging
 import os
 from collections.abc import Iterator
@@ -10,7 +11,8 @@ from typing import Any
 
 from dist_dp.cluster import quiet
 from dist_dp.cluster.config import ClusterConfig
-from dist_dp.errors import ConfigError, DistDpError
+from dist_dp.cluster.placement import check_room
+from dist_dp.errors import DistDpError
 
 
 @contextmanager
@@ -28,7 +30,7 @@ def ray_session(cluster: ClusterConfig, verbose: bool = False) -> Iterator[None]
     import ray
 
     if ray.is_initialized():
-        _check_room(cluster)
+        check_room(cluster)
         yield
         return
     options: dict[str, Any] = {
@@ -47,7 +49,7 @@ def ray_session(cluster: ClusterConfig, verbose: bool = False) -> Iterator[None]
                 **options,
             )
         else:
-            ray.init(address=cluster.address, **options)
+            ray.init(address=_join_address(cluster.address), **options)
     except (ConnectionError, RuntimeError, ValueError) as error:
         where = cluster.address or "this machine"
         raise DistDpError(
@@ -55,24 +57,26 @@ def ray_session(cluster: ClusterConfig, verbose: bool = False) -> Iterator[None]
             "leave --address out to start Ray here."
         ) from error
     try:
-        _check_room(cluster)
+        check_room(cluster)
         yield
     finally:
         ray.shutdown()
 
 
-def _check_room(cluster: ClusterConfig) -> None:
-    import ray
+def _join_address(address: str) -> str:
+    """The address to join; the cluster of ``dist-dp cluster up`` is known with its token."""
+    from dist_dp.cluster.local_nodes import node_environment, read_state
+    from dist_dp.cluster.loopback import take_literally
 
-    have = ray.cluster_resources()
-    cpus = cluster.num_workers * cluster.cpus_per_worker
-    if have.get("CPU", 0.0) < cpus:
-        raise ConfigError(
-            f"cluster.num_workers: {cluster.num_workers} workers need {cpus:g} CPUs, the cluster "
-            f"has {have.get('CPU', 0.0):g}; lower num_workers or cpus_per_worker, or add nodes"
-        )
-    if cluster.use_gpu and have.get("GPU", 0.0) < cluster.num_workers:
-        raise ConfigError(
-            f"cluster.use_gpu: {cluster.num_workers} workers need a GPU each, the cluster has "
-            f"{have.get('GPU', 0.0):g}; lower num_workers, or set use_gpu to false"
-        )
+    # As in Ray, the environment goes first: a submitted job is told its cluster so.
+    address = os.environ.get("RAY_ADDRESS") or address
+    local = read_state()
+    if local is None or not local.is_up or address not in ("auto", local.address):
+        return address
+    os.environ.update(node_environment(local.token_file))
+    # Ray has read the environment when it was imported.
+    raylet: Any = importlib.import_module("ray._raylet")
+    raylet.Config.initialize("")
+    raylet.AuthenticationTokenLoader.instance().reset_cache()
+    take_literally()
+    return local.address

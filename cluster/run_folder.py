@@ -94,15 +94,16 @@ def keep_release(folder: Path) -> None:
 
 def write_summary(folder: Path, summary: dict[str, Any]) -> None:
     """Replaces the summary of a run, whole or not at all."""
-    _replace(folder / "summary.json", json.dumps(summary, indent=2))
+    replace(folder / "summary.json", json.dumps(summary, indent=2))
 
 
 def write_config(folder: Path, config: str) -> None:
     """Replaces the configuration that marks a run's folder, whole or not at all."""
-    _replace(folder / MARK, config)
+    replace(folder / MARK, config)
 
 
-def _replace(path: Path, text: str) -> None:
+def replace(path: Path, text: str) -> None:
+    """Writes a file, whole or not at all."""
     partial = path.with_name(f".{path.name}.partial")
     partial.write_text(text, encoding="utf-8")
     partial.rename(path)

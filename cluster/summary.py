@@ -18,7 +18,7 @@ from dist_dp.distributed import rank, world_size
 from dist_dp.release import privacy_statement
 
 if TYPE_CHECKING:
-    from dist_dp.cluster.worker import _Run
+    from dist_dp.cluster.worker import Run
 
 _PACKAGES = (
     "dist-dp",
@@ -89,7 +89,7 @@ def _numbered(workers: list[int]) -> str:
     return f"worker{'s' if len(workers) > 1 else ''} {shown}"
 
 
-def _sharding(run: _Run) -> list[dict[str, Any]]:
+def _sharding(run: Run) -> list[dict[str, Any]]:
     """Every table with its kind, the ranks that hold it, and its bytes over all ranks."""
     local = [
         (s.table, s.num_rows, s.dim, s.kind, s.weight.numel() * s.weight.element_size())
@@ -113,7 +113,7 @@ def finite(value: float | None) -> float | None:
     return value if value is not None and math.isfinite(value) else None
 
 
-def make_summary(run: _Run, metrics: dict[str, float], split: str | None) -> dict[str, Any]:
+def make_summary(run: Run, metrics: dict[str, float], split: str | None) -> dict[str, Any]:
     """Collects the summary; every rank calls it.
 
     Args:
@@ -129,6 +129,7 @@ def make_summary(run: _Run, metrics: dict[str, float], split: str | None) -> dic
     charged = run.engine.charged_events()
     peaks = _gather(peak_memory_bytes(run.device))
     sharding = _sharding(run)
+    records = plan.expected_batch_size * run.engine.records_per_unit
     private = plan.is_private and not run.engine.secret_is_given
     # The first steps pay for warming up; the median does not care.
     seconds = statistics.median(run.step_seconds) if run.step_seconds else float("nan")
@@ -147,8 +148,11 @@ def make_summary(run: _Run, metrics: dict[str, float], split: str | None) -> dic
         "noise_multiplier": plan.noise_multiplier,
         "noise_multiplier_range": list(plan.noise_multiplier_range()),
         "max_grad_norm": plan.max_grad_norm if plan.mechanism != "none" else None,
-        "num_records": plan.num_records,
+        "num_records": len(run.train_set),
+        "num_users": plan.num_users,
+        "max_records_per_user": plan.max_records_per_user,
         "expected_batch_size": plan.expected_batch_size,
+        "expected_records": records,
         "sample_rate": plan.sample_rate,
         "sampling": plan.sampling,
         "steps": steps,
@@ -160,7 +164,7 @@ def make_summary(run: _Run, metrics: dict[str, float], split: str | None) -> dic
         "log_loss": finite(metrics.get("log_loss")),
         "calibration": finite(metrics.get("calibration")),
         "evaluated_examples": int(metrics.get("examples", 0)),
-        "examples_per_second": finite(plan.expected_batch_size / seconds),
+        "examples_per_second": finite(records / seconds),
         "step_ms": finite(1e3 * seconds),
         "phases_ms": phases,
         "peak_memory_bytes": peaks,

@@ -15,9 +15,12 @@ from typing import Any
 from dist_dp.account import check_whole_run_fits
 from dist_dp.cluster.accountant import start_accountant
 from dist_dp.cluster.config import CHANGEABLE, ClusterConfig, RunConfig, load_config
+from dist_dp.cluster.faults import Watchdog
+from dist_dp.cluster.finish import checkpoint_folder
 from dist_dp.cluster.job import Job
 from dist_dp.cluster.metrics_log import METRICS_FILE
 from dist_dp.cluster.monitor import start_monitor
+from dist_dp.cluster.placement import scaling
 from dist_dp.cluster.prepare import Prepared, prepare
 from dist_dp.cluster.quiet import environment
 from dist_dp.cluster.ray_session import ray_session
@@ -83,7 +86,6 @@ class Trainer:
             ConfigError: Another setting is among the changes.
         """
         from dist_dp.checkpoint import read_checkpoint_info
-        from dist_dp.cluster.worker import checkpoint_folder
 
         for key in changes or {}:
             if not any(f"{key}.".startswith(f"{allowed}.") for allowed in CHANGEABLE):
@@ -167,14 +169,14 @@ class Trainer:
     def _note_failure(self, folder: Path, accountant: Any, error: BaseException) -> None:
         """A run that never took a step leaves no folder; another one keeps what it has."""
         from dist_dp.checkpoint_folder import has_checkpoint
-        from dist_dp.cluster.worker import checkpoint_folder
 
         aborted = isinstance(error, KeyboardInterrupt)
-        resumable = has_checkpoint(checkpoint_folder(folder))
         metrics = folder / METRICS_FILE
         # The first line names the columns.
         began = metrics.exists() and len(metrics.read_text(encoding="utf-8").splitlines()) > 1
-        if began or resumable:
+        began = began or self.resume is not None
+        resumable = began and has_checkpoint(checkpoint_folder(folder))
+        if began:
             text = "aborted by Ctrl-C" if aborted else f"{type(error).__name__}: {error}"
             (folder / "error.txt").write_text(text + "\n", encoding="utf-8")
         else:
@@ -214,11 +216,17 @@ class Trainer:
 
         watcher = threading.Thread(target=poll, daemon=True)
         watcher.start()
+        watchdog = Watchdog(
+            monitor, self.config.cluster.hang_timeout_s, lambda text: self.watch({"phase": text})
+        )
         try:
             with _stop_on_interrupt(monitor, stopping):
                 fit_workers(train_worker, job.to_dict(), self.config.cluster, job, self.verbose)
+            for failure in ray.get(monitor.failure.remote()):
+                raise readable(failure)
         finally:
             done.set()
+            watchdog.close()
             watcher.join(timeout=5)
             ray.kill(monitor)
 
@@ -252,23 +260,20 @@ def fit_workers(
     from ray.train import FailureConfig, RunConfig, ScalingConfig
     from ray.train.torch import TorchConfig, TorchTrainer
 
-    use_gpu = bool(cluster.use_gpu)
+    # Without checkpoints there is nothing to go on from.
+    goes_on = job.run_config.train.checkpoint_every > 0
     trainer = TorchTrainer(
         loop,
         train_loop_config=values,
-        torch_config=TorchConfig(backend="nccl" if use_gpu else "gloo"),
-        scaling_config=ScalingConfig(
-            num_workers=cluster.num_workers,
-            use_gpu=use_gpu,
-            resources_per_worker={
-                "CPU": cluster.cpus_per_worker,
-                **({"GPU": 1} if use_gpu else {}),
-            },
+        torch_config=TorchConfig(
+            backend="nccl" if cluster.use_gpu else "gloo",
+            timeout_s=max(1, round(cluster.hang_timeout_s)),
         ),
+        scaling_config=ScalingConfig(**scaling(cluster)),
         run_config=RunConfig(
             name=job.run_name,
             storage_path=str(Path(job.run_folder) / ".ray"),
-            failure_config=FailureConfig(max_failures=0),
+            failure_config=FailureConfig(max_failures=cluster.max_failures if goes_on else 0),
             worker_runtime_env={"env_vars": environment(verbose)},
         ),
     )

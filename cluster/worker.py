@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import shutil
 import time
 from collections.abc import Sequence
 from pathlib import Path
@@ -12,12 +11,14 @@ import torch
 
 from dist_dp import kernels
 from dist_dp.checkpoint import CheckpointWriter
+from dist_dp.checkpoint_folder import has_checkpoint
 from dist_dp.cluster import quiet
+from dist_dp.cluster.accountant import AccountantClient
 from dist_dp.cluster.config import CHANGEABLE, RunConfig, TrainConfig
+from dist_dp.cluster.faults import ended_for_good
+from dist_dp.cluster.finish import checkpoint_folder, finish, finished_before, trail_file
 from dist_dp.cluster.job import Job
-from dist_dp.cluster.run_folder import keep_release, write_summary
-from dist_dp.distributed import all_gather_cat, all_reduce_max, barrier, rank
-from dist_dp.errors import CheckpointError
+from dist_dp.distributed import all_gather_cat, all_reduce_max, broadcast_object, rank
 from dist_dp.schedules import learning_rate_at
 
 
@@ -33,7 +34,10 @@ def train_worker(values: dict[str, Any]) -> None:
     threads = config.cluster.threads_per_worker
     if threads:
         torch.set_num_threads(threads)
-    _Run(job, config, device).train()
+    with ended_for_good(job.run_name):
+        accountant = AccountantClient(job.ledger) if rank() == 0 else None
+        if not finished_before(job, accountant):
+            Run(job, config, device, accountant).train()
 
 
 def _device(config: RunConfig) -> torch.device:
@@ -45,11 +49,18 @@ def _device(config: RunConfig) -> torch.device:
     return device if config.cluster.use_gpu is not False else torch.device("cpu")
 
 
-class _Run:
-    """One worker's side of a run."""
+class Run:
+    """One worker's side of a run.
 
-    def __init__(self, job: Job, config: RunConfig, device: torch.device) -> None:
-        from dist_dp.cluster.accountant import AccountantClient
+    Args:
+        job: What the driver handed over.
+        config: Its configuration.
+        device: Where this worker computes.
+        accountant: Rank 0's.
+    """
+
+    def __init__(self, job: Job, config: RunConfig, device: torch.device, accountant: Any) -> None:
+        from dist_dp.cluster.live_metrics import start_run_metrics
         from dist_dp.cluster.metrics_log import MetricsLog
         from dist_dp.cluster.models import build_model
         from dist_dp.cluster.monitor import MonitorLink
@@ -60,6 +71,8 @@ class _Run:
         self.job, self.config, self.device = job, config, device
         self.folder = Path(job.run_folder)
         self.checkpoint = checkpoint_folder(self.folder)
+        # After a loss of workers too: Ray Train starts them again with the same job.
+        self.goes_on = broadcast_object(job.resume or has_checkpoint(self.checkpoint))
         self.store = job.open_store()
         self.train_set = self.store.split("train")
         seed = config.privacy.seed
@@ -71,10 +84,11 @@ class _Run:
             dataset=job.dataset,
             mechanism=privacy.mechanism,
             sharding=config.model.sharding,
-            accountant=AccountantClient(job.ledger) if rank() == 0 else None,
+            accountant=accountant,
             run_id=job.run_name,
             secret=None if seed is None else fixed_secret(seed),
-            resume_from=self.checkpoint if job.resume else None,
+            resume_from=self.checkpoint if self.goes_on else None,
+            trail=trail_file(self.folder) if config.train.checkpoint_every else None,
             device=device,
             settings=settings_to_keep(job.config),
         )
@@ -106,6 +120,9 @@ class _Run:
         if rank() == 0:
             self.link = MonitorLink(job.run_name)
             self.log = MetricsLog(self.folder, tensorboard=config.output.tensorboard)
+        self.note_step = start_run_metrics(
+            config.output.live_metrics, job.run_name, self.loader.steps
+        )
         self.kernels = say_kernels(device)
         if self.link is not None and self.engine.mechanism_class.private:
             self.link.push(self.kernels)
@@ -117,6 +134,9 @@ class _Run:
     def train(self) -> None:
         """Trains, then evaluates, settles and releases."""
         self._probe()
+        if self.checkpoints is not None and not self.goes_on and self.config.cluster.max_failures:
+            # So that a loss of workers before the next one costs no budget.
+            self.save_checkpoint()
         try:
             self._loop()
         finally:
@@ -124,7 +144,7 @@ class _Run:
                 self.log.close()
         if self.loader.leases.refusal is not None:
             self.status = "stopped_at_budget"
-        self._finish()
+        finish(self)
 
     def _probe(self) -> None:
         """Generated examples, not private ones, show whether the model mixes a batch."""
@@ -133,7 +153,7 @@ class _Run:
         from dist_dp.probe import check_losses_independent
 
         # A resumed run was probed before, and reading rows now would settle them at another step.
-        if not self.engine.mechanism_class.private or self.job.resume:
+        if not self.engine.mechanism_class.private or self.goes_on:
             return
 
         def losses(seeds: Sequence[int]) -> torch.Tensor:
@@ -168,7 +188,7 @@ class _Run:
                 continue
             before = time.perf_counter()
             due = train.evaluate_every and step % train.evaluate_every == 0
-            valid = self._evaluate("valid") if due else {}
+            valid = self.evaluate("valid") if due else {}
             evaluating = time.perf_counter() - before
             row, stop = self._statistics(step, torch.cat(seen), bool(valid))
             seen.clear()
@@ -181,26 +201,16 @@ class _Run:
             every = train.checkpoint_every
             if every and step % every == 0 and not stop:
                 with self.timer.paused():
-                    self._save_checkpoint()
+                    self.save_checkpoint()
                 last = time.perf_counter()
             if stop:
                 self.status = "interrupted"
                 self.loader.stop()
 
-    def _save_checkpoint(self) -> None:
+    def save_checkpoint(self) -> None:
+        """Saves the state between two steps."""
         assert self.checkpoints is not None
         self.checkpoints.save()
-
-    def _finish_checkpoints(self) -> str | None:
-        """Waits for the one in flight; says why it failed, since a finished model needs it not."""
-        try:
-            if self.checkpoints is not None:
-                self.checkpoints.wait()
-        except CheckpointError as error:
-            if self.link is not None:
-                self.link.push({"phase": f"going on without the last checkpoint: {error}"})
-            return str(error)
-        return None
 
     def _set_learning_rates(self, step: int) -> None:
         train = self.config.train
@@ -254,7 +264,9 @@ class _Run:
         # Settling happens inside the forward pass.
         phases["forward"] = phases.get("forward", 0.0) + phases.get("settle", 0.0)
         self.phases.append(phases)
+        self.note_step(step, self.loader.leases.charged_until, row, seconds)
         if not row:
+            self.push({})
             return
         self.examples += int(row["batch_size"])
         speed = row["batch_size"] / seconds if seconds > 0 else 0.0
@@ -262,20 +274,25 @@ class _Run:
         row |= {f"{name}_ms": value for name, value in phases.items()}
         if self.log is not None:
             self.log.write(row)
-        if self.link is not None:
-            self.link.push(
-                {
-                    "phase": "training",
-                    "step": step,
-                    "steps": self.loader.steps,
-                    "loss": row["loss"],
-                    "epsilon": row["epsilon"],
-                    "examples_per_second": speed,
-                    "valid_auc": row.get("valid_auc"),
-                }
-            )
+        self.push(
+            {
+                "phase": "training",
+                "step": step,
+                "steps": self.loader.steps,
+                "loss": row["loss"],
+                "epsilon": row["epsilon"],
+                "examples_per_second": speed,
+                "valid_auc": row.get("valid_auc"),
+            }
+        )
 
-    def _evaluate(self, split: str) -> dict[str, float]:
+    def push(self, progress: dict[str, Any]) -> None:
+        """Tells the run's monitor, from rank 0; nothing says that it is still there."""
+        if self.link is not None:
+            self.link.push(progress)
+
+    def evaluate(self, split: str) -> dict[str, float]:
+        """Metrics on a split; none if it is empty."""
         from dist_dp.cluster.evaluation import evaluate
 
         if split not in self.store.split_names() or len(self.store.split(split)) == 0:
@@ -284,62 +301,15 @@ class _Run:
             dataset = self.store.split(split)
             return evaluate(self.model, dataset, batch_size=8192, device=self.device)
 
-    def _finish(self) -> None:
-        from dist_dp.cluster.summary import make_summary
-
-        failure = self._finish_checkpoints()
-        if self.link is not None:
-            self.link.push({"phase": "evaluating"})
-        split = "test" if len(self._evaluable("test")) else "valid"
-        metrics = self._evaluate(split) if self._evaluable(split) else {}
-        if self.link is not None:
-            self.link.push({"phase": "settling and releasing"})
-        summary = make_summary(self, metrics, split if metrics else None)
-        if failure is not None:
-            summary["checkpoint_failure"] = failure
-        keep = self.status == "interrupted" and bool(self.config.train.checkpoint_every)
-        if keep:
-            # Settled first, and saved before the release can be seen: the run goes on from exactly
-            # the rows that are released.
-            self.engine.parts.settle()
-            self._save_checkpoint()
-        if self.checkpoints is not None:
-            self.checkpoints.close()
-        if rank() == 0:
-            keep_release(self.folder)
-        barrier()
-        released = self.engine.release(
-            self.folder / "release",
-            model_info={
-                "model": self.config.model.model_dump(mode="json"),
-                "columns": self.job.columns,
-            },
-            facts=summary.pop("card_facts"),
-            progress=self._report_release,
-        )
-        if rank() == 0:
-            summary["release"] = str(released.relative_to(self.folder))
-            write_summary(self.folder, summary)
-        if rank() == 0 and not keep:
-            assert self.engine.accountant is not None
-            self.engine.accountant.close_run(self.job.run_name, self.status)
-            # The secret is of no more use, and dangerous to keep.
-            shutil.rmtree(self.checkpoint.parent, ignore_errors=True)
-        barrier()
-
-    def _report_release(self, done: int, total: int) -> None:
+    def report_release(self, done: int, total: int) -> None:
         """Rank 0's share of the tables stands for all ranks': they write at the same time."""
         if self.link is not None and total:
             share = {"released_bytes": done, "release_bytes": total}
             self.link.push({"phase": "settling and releasing", **share})
 
-    def _evaluable(self, split: str) -> Any:
+    def evaluable(self, split: str) -> Any:
+        """The records of a split, none if there is no such split."""
         return self.store.split(split) if split in self.store.split_names() else []
-
-
-def checkpoint_folder(run_folder: Path) -> Path:
-    """Where a run keeps its private checkpoints."""
-    return run_folder / "private" / "checkpoint"
 
 
 def settings_to_keep(config: dict[str, Any]) -> dict[str, Any]:

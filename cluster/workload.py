@@ -18,7 +18,7 @@ from dist_dp.sharding import (
     plan_sharding,
     table_configs,
 )
-from dist_dp.step_counts import DenseShape, LinearShape, ShardShape, TableShape, Workload
+from dist_dp.step_shapes import DenseShape, LinearShape, ShardShape, TableShape, Workload
 
 
 @dataclass(frozen=True)
@@ -178,7 +178,7 @@ def workloads(
     """The step of every worker that differs from the others'.
 
     Args:
-        mechanism: See :data:`~dist_dp.step_counts.MECHANISMS`.
+        mechanism: See :data:`~dist_dp.step_shapes.MECHANISMS`.
         tables: All tables.
         dense: The model outside its tables.
         expected_batch_size: Over all workers.

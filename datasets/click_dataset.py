@@ -18,7 +18,7 @@ from numpy.lib.stride_tricks import as_strided
 from numpy.typing import NDArray
 
 from dist_dp.datasets.schema import DataSchema, SparseFeature
-from dist_dp.datasets.stored import stored_schema
+from dist_dp.datasets.stored import USER, stored_schema
 from dist_dp.errors import DataError
 
 if TYPE_CHECKING:
@@ -60,6 +60,11 @@ class _MappedFile:
             offset = (data.address - self._whole.address) if data is not None else 0
             result.append(offset // itemsize)
         return np.array(result, dtype=np.int64)
+
+    def whole(self, column: str) -> NDArray[Any]:
+        """All values of a column of numbers, copied."""
+        parts = [batch.column(column).to_numpy() for batch in self._batches]
+        return np.concatenate([np.empty(0, dtype=np.int64), *parts])
 
 
 class _Rows:
@@ -162,6 +167,19 @@ class ClickDataset:
     def __len__(self) -> int:
         """Number of records."""
         return self._rows
+
+    def user_keys(self) -> NDArray[np.int64]:
+        """The hash of each record's user, int64 [len(self)]: 8 bytes a record, read anew.
+
+        Raises:
+            DataError: The data set was converted without users.
+        """
+        if self.schema.user is None:
+            raise DataError(
+                f"{self._arguments[0]}: was converted without users; name their column (data.user, "
+                "or user of the schema) and convert the source again"
+            )
+        return _MappedFile(self._arguments[0], self.schema, self._rows).whole(USER)
 
     def __reduce__(self) -> tuple[Any, ...]:
         """Pickles the arguments alone; the receiver maps the file again."""

@@ -6,7 +6,7 @@ import contextlib
 import errno
 import os
 import sys
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -14,7 +14,6 @@ import numpy as np
 from numpy.typing import NDArray
 
 from dist_dp.datasets.manifest import (
-    FORMAT_VERSION,
     MANIFEST_NAME,
     FileIdentity,
     Manifest,
@@ -29,6 +28,9 @@ from dist_dp.datasets.stored import RECORD_KEY
 from dist_dp.datasets.writing import SplitWriter, partial_folder, publish
 from dist_dp.errors import ConfigError, DataError
 
+Fill = Callable[[Reader, Path, dict[str, float] | None], dict[str, SplitInfo]]
+"""Writes the splits of a reader into a folder; adds to the reader's ``skipped``."""
+
 DEFAULT_SPLIT: Mapping[str, float] = {"train": 0.8, "valid": 0.1, "test": 0.1}
 
 
@@ -41,8 +43,10 @@ def convert(
     split: Mapping[str, float] | None = DEFAULT_SPLIT,
     split_seed: int = 0,
     skip_bad_rows: bool = False,
+    max_bad_rows: int | None = None,
     progress: bool = True,
     overwrite: bool = False,
+    user: str | None = None,
 ) -> Manifest:
     """Converts a source to a store of memory-mapped Arrow files, unless that is done already.
 
@@ -61,8 +65,11 @@ def convert(
             A record's split depends on a hash of its content and the seed alone.
         split_seed: Seed of the split.
         skip_bad_rows: Leave bad rows out and count them in ``skipped_rows``, instead of an error.
+        max_bad_rows: With ``skip_bad_rows``: more than this many are an error all the same.
         progress: Show a progress bar on stderr if that is a terminal.
         overwrite: Replace a store that does not fit.
+        user: Column with the key of each record's user, in place of the schema's; a hash of the key
+            is stored.
 
     Returns:
         The manifest.
@@ -72,8 +79,14 @@ def convert(
         ConfigError: Impossible fractions, or a schema that does not fit the format.
     """
     reader = open_reader(
-        source, format, schema, skip_bad_rows=skip_bad_rows, split_seed=_checked_seed(split_seed)
+        source,
+        format,
+        schema,
+        skip_bad_rows=skip_bad_rows,
+        split_seed=_checked_seed(split_seed),
+        user=user,
     )
+    reader.max_bad_rows = max_bad_rows
     return write_store(reader, destination, split=split, progress=progress, overwrite=overwrite)
 
 
@@ -84,8 +97,12 @@ def write_store(
     split: Mapping[str, float] | None = DEFAULT_SPLIT,
     progress: bool = True,
     overwrite: bool = False,
+    fill: Fill | None = None,
 ) -> Manifest:
-    """:func:`convert` for a reader already open; its ``split_seed`` is used."""
+    """:func:`convert` for a reader already open; its ``split_seed`` is used.
+
+    ``fill`` writes the splits in another way than by reading from start to end.
+    """
     destination = Path(destination)
     split = _checked_split(split)
     identity = reader.identity()
@@ -98,11 +115,19 @@ def write_store(
         )
     try:
         with partial_folder(destination) as folder:
-            splits = _write_splits(reader, folder, split, progress)
+            if fill is None:
+                splits = write_splits(reader, folder, split, progress)
+            else:
+                splits = fill(reader, folder, split)
+            if not any(info.rows for info in splits.values()):
+                raise DataError(
+                    f"{reader.path}: no usable row is left ({sum(reader.skipped.values())} "
+                    "skipped); check the format"
+                )
             if reader.identity() != identity:
                 raise DataError(f"{reader.path}: changed while it was read; convert it again")
             manifest = Manifest(
-                format_version=FORMAT_VERSION,
+                format_version=1 if reader.schema.user is None else 2,
                 source_format=reader.format,
                 source=identity,
                 schema=reader.schema,
@@ -141,7 +166,8 @@ def _reused(
         for what, same in (
             ("source", manifest.source == identity),
             ("format", manifest.source_format == reader.format),
-            ("schema", manifest.data_schema.storage_hash() == reader.schema.storage_hash()),
+            ("column of users", reader.schema.user in (None, manifest.data_schema.user)),
+            ("schema", _features(manifest.data_schema) == _features(reader.schema)),
             ("split", manifest.split == split and manifest.split_seed == reader.split_seed),
             ("skip_bad_rows", reader.skip_bad_rows or not manifest.skipped_rows),
         )
@@ -155,7 +181,13 @@ def _reused(
             "choose another destination, or pass overwrite=True to replace it"
         )
     check_schema_fits(manifest, reader.schema, destination)
-    return manifest.model_copy(update={"data_schema": reader.schema})
+    schema = reader.schema.with_user(manifest.data_schema.user)
+    return manifest.model_copy(update={"data_schema": schema})
+
+
+def _features(schema: DataSchema) -> str:
+    """What two schemas share that differ in the column of users only."""
+    return schema.with_user(None).storage_hash()
 
 
 def _checked_seed(seed: int) -> int:
@@ -187,18 +219,18 @@ def assign_splits(keys: NDArray[np.uint64], split: Mapping[str, float]) -> NDArr
     return np.searchsorted(bounds, uniform, side="right")
 
 
-def _write_splits(
-    reader: Reader, folder: Path, split: dict[str, float] | None, progress: bool
+def write_splits(
+    reader: Reader, folder: Path, split: Mapping[str, float] | None, progress: bool = False
 ) -> dict[str, SplitInfo]:
+    """Reads all that a reader gives, and writes one Arrow file for each split."""
     names = list(split) if split else ["all"]
     with contextlib.ExitStack() as stack:
         writers = [stack.enter_context(SplitWriter(folder, name, reader.schema)) for name in names]
         advance = stack.enter_context(_progress(reader, progress))
-        rows = 0
         for batch in reader:
+            reader.check_skipped()
             keys = batch.column(RECORD_KEY).to_numpy(zero_copy_only=False)
             content = batch.drop_columns([RECORD_KEY])
-            rows += batch.num_rows
             if split is None:
                 writers[0].write(content)
             else:
@@ -206,12 +238,8 @@ def _write_splits(
                 for position, writer in enumerate(writers):
                     writer.write(content.take(np.flatnonzero(assigned == position)))
             advance()
+        reader.check_skipped()
         advance()
-        if rows == 0:
-            raise DataError(
-                f"{reader.path}: no usable row is left ({sum(reader.skipped.values())} skipped); "
-                "check the format"
-            )
         return {name: writer.finish() for name, writer in zip(names, writers, strict=True)}
 
 

@@ -51,6 +51,7 @@ class Encoder:
         self._where = where
         self._arrow_schema = stored_schema(schema).append(pa.field(RECORD_KEY, pa.uint64()))
         self._hashers = {f.table_name: TokenHasher(f.table_name) for f in schema.sparse}
+        self._user_hasher = TokenHasher.of_users()
 
     def encode(self, columns: Columns, split_seed: int) -> tuple[Any, list[Problem]]:
         """Encodes one chunk.
@@ -93,6 +94,11 @@ class Encoder:
                 if weights is not None:
                     arrays.append(_list_array(offsets, weights))
                     bags.append((offsets, weights))
+        if schema.user is not None:
+            array = self._column(columns, schema.user)
+            users, unknown = self._users(schema.user, array)
+            arrays.append(pa.array(users))
+            _report(problems, unknown, f"missing {schema.user}", lambda _: _no_user(schema.user))
         keys = columns.keys
         if keys is None:
             keys = _content_keys(raw, bags, n, split_seed)
@@ -271,14 +277,9 @@ class Encoder:
     ) -> tuple[NDArray[np.int64], NDArray[np.bool_], NDArray[np.bool_]]:
         """Ids of a flat array, the mask of bad ones, the mask of nulls."""
         encoded = array if pa.types.is_dictionary(array.type) else array.dictionary_encode()
-        tokens = self._tokens(feature, encoded.dictionary)
-        nulls = np.zeros(len(array), dtype=bool)
-        indices = encoded.indices
-        if encoded.null_count:
-            nulls = encoded.is_null().to_numpy(zero_copy_only=False)
-            indices = indices.fill_null(0)
-        codes = indices.to_numpy(zero_copy_only=False).astype(np.int64)
-        codes[nulls] = len(tokens)  # nulls point behind the dictionary, at the empty token
+        what = f"sparse feature {feature.name!r}"
+        tokens = self._tokens(feature.source_column, what, encoded.dictionary)
+        codes, nulls = _codes(encoded, len(tokens))
         if feature.hashed:
             table = self._hashers[feature.table_name]([*tokens, b""])
             return table[codes], np.zeros(len(array), dtype=bool), nulls
@@ -288,7 +289,15 @@ class Encoder:
         empty = np.append(np.array([t == b"" for t in tokens], dtype=bool), True)[codes]
         return table[codes], bad_token[codes] & ~empty, empty
 
-    def _tokens(self, feature: SparseFeature, dictionary: Any) -> list[bytes]:
+    def _users(self, name: str, array: Any) -> tuple[NDArray[np.int64], NDArray[np.bool_]]:
+        """Hashes of users' keys, and which records have none (null, or the empty text)."""
+        encoded = array if pa.types.is_dictionary(array.type) else array.dictionary_encode()
+        tokens = [*self._tokens(name, "the column of users", encoded.dictionary), b""]
+        codes, _ = _codes(encoded, len(tokens) - 1)
+        empty = np.array([token == b"" for token in tokens])
+        return self._user_hasher(tokens)[codes], empty[codes]
+
+    def _tokens(self, name: str, what: str, dictionary: Any) -> list[bytes]:
         """The distinct values as bytes: text as it is, integers in decimal."""
         kind = dictionary.type
         if pa.types.is_integer(kind) or pa.types.is_boolean(kind):
@@ -301,11 +310,30 @@ class Encoder:
             or pa.types.is_null(kind)
         ):
             raise DataError(
-                f"{self._where}: column {feature.source_column!r} of sparse feature "
-                f"{feature.name!r} holds {kind}; sparse features need integers or text: cast the "
-                "column"
+                f"{self._where}: column {name!r} of {what} holds {kind}; it needs integers or "
+                "text: cast the column"
             )
         return [t if isinstance(t, bytes) else (t or "").encode() for t in dictionary.to_pylist()]
+
+
+def _codes(encoded: Any, null_code: int) -> tuple[NDArray[np.int64], NDArray[np.bool_]]:
+    """Places in the dictionary of a dictionary array, ``null_code`` for nulls; and the nulls."""
+    nulls = np.zeros(len(encoded), dtype=bool)
+    indices = encoded.indices
+    if encoded.null_count:
+        nulls = encoded.is_null().to_numpy(zero_copy_only=False)
+        indices = indices.fill_null(0)
+    codes = indices.to_numpy(zero_copy_only=False).astype(np.int64)
+    # Behind the dictionary, where the empty token is.
+    codes[nulls] = null_code
+    return codes, nulls
+
+
+def _no_user(name: str | None) -> str:
+    return (
+        f"the user ({name}) is missing, so it is not known whose the record is; fill it in, or "
+        "leave such rows out (skip_bad_rows)"
+    )
 
 
 def _parse_ids(tokens: list[bytes], limit: int) -> tuple[NDArray[np.int64], NDArray[np.bool_]]:

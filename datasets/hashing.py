@@ -16,6 +16,7 @@ from numpy.typing import NDArray
 
 _MASK_63 = np.uint64(2**63 - 1)
 _SPLIT_PERSON = b"dist_dp.split"
+_USER_PERSON = b"dist_dp.user"
 _CACHE_LIMIT = 500_000
 
 
@@ -45,6 +46,17 @@ class TokenHasher:
     def __init__(self, table: str) -> None:
         """Prepares the hash of ``table``."""
         self._person = _personalisation(table)
+        self._prepare()
+
+    @classmethod
+    def of_users(cls) -> TokenHasher:
+        """The hash of users' keys; it is no table's."""
+        made = cls.__new__(cls)
+        made._person = _USER_PERSON
+        made._prepare()
+        return made
+
+    def _prepare(self) -> None:
         self._known: dict[bytes, bytes] = {}
 
     def __call__(self, tokens: list[bytes]) -> NDArray[np.int64]:

@@ -13,7 +13,8 @@ from pydantic import BaseModel, ConfigDict, Field, ValidationError
 from dist_dp.datasets.schema import DataSchema
 from dist_dp.errors import DataError
 
-FORMAT_VERSION = 1
+# Stores with a column of users have version 2, so that older programs refuse them.
+FORMAT_VERSIONS = (1, 2)
 MANIFEST_NAME = "manifest.json"
 
 _SAMPLE_EDGE = 1 << 20
@@ -42,7 +43,8 @@ class SplitInfo(_Frozen):
         rows: Number of records.
         bytes: Size of the file.
         sha256: Of the file, to notice damage.
-        fingerprint: Sha256 of the stored values, in order, however they are laid out.
+        fingerprint: Sha256 of the stored values, in order, however they are laid out; but users,
+            so that the same records are known for the same with and without them.
     """
 
     file: str
@@ -117,11 +119,20 @@ def identify_file(path: Path) -> FileIdentity:
 def check_schema_fits(manifest: Manifest, schema: DataSchema, where: Path) -> None:
     """Refuses a schema that reads the source differently from how it was converted.
 
+    A schema without users may read a store with them.
+
     Raises:
         DataError: More than pooling and the sizes of hashed tables differ, or a table of
             unhashed ids has fewer rows than the ids were checked against.
     """
-    if schema.storage_hash() != manifest.data_schema.storage_hash():
+    stored_user = manifest.data_schema.user
+    if schema.user is not None and schema.user != stored_user:
+        held = f"those of column {stored_user!r}" if stored_user else "none"
+        raise DataError(
+            f"{where}: the users are to be those of column {schema.user!r}, but the data set was "
+            f"converted with {held}; convert the source again"
+        )
+    if schema.with_user(stored_user).storage_hash() != manifest.data_schema.storage_hash():
         raise DataError(
             f"{where}: was converted with another schema; only pooling and num_embeddings may "
             "change afterwards: convert the source again"
@@ -153,9 +164,10 @@ def load_manifest(folder: Path) -> Manifest:
     except (OSError, ValueError) as error:
         raise DataError(f"{path}: cannot be read ({error}); {remedy}") from error
     version = content.get("format_version") if isinstance(content, dict) else None
-    if version != FORMAT_VERSION:
+    if version not in FORMAT_VERSIONS:
+        known = " and ".join(map(str, FORMAT_VERSIONS))
         raise DataError(
-            f"{path}: has format version {version!r}, this program reads {FORMAT_VERSION}; {remedy}"
+            f"{path}: has format version {version!r}, this program reads {known}; {remedy}"
         )
     try:
         manifest = Manifest.model_validate(content)

@@ -106,12 +106,15 @@ class DataSchema(_Frozen):
             (for instance a rating of 4 or more); otherwise the column must hold exactly 0 or 1.
         dense: Dense features, in order.
         sparse: Sparse features, in order; at least one.
+        user: Source column with the key of the person whose the record is, for a guarantee for
+            users; None if records are what is protected. It is no feature.
     """
 
     label: _Name
     label_threshold: float | None = None
     dense: tuple[DenseFeature, ...] = ()
     sparse: Annotated[tuple[SparseFeature, ...], Field(min_length=1)]
+    user: _Name | None = None
 
     @model_validator(mode="after")
     def _check(self) -> DataSchema:
@@ -173,14 +176,22 @@ class DataSchema(_Frozen):
         Pooling and table sizes are left out: they take effect only when a batch is made.
         """
         settings = self.model_dump(mode="json")
+        if self.user is None:
+            # As it was before schemas named a user: older stores are still found.
+            del settings["user"]
         for feature in settings["sparse"]:
             feature["table"] = feature["table"] or feature["name"]
             del feature["num_embeddings"], feature["pooling"]
         return hashlib.sha256(json.dumps(settings, sort_keys=True).encode()).hexdigest()
 
+    def with_user(self, user: str | None) -> DataSchema:
+        """A copy with another column of users, or with none."""
+        return self.model_copy(update={"user": user})
+
     def source_columns(self) -> list[str]:
-        """Every source column that is read, each once, the label first."""
+        """Every source column that is read, each once, the label first, users last."""
         names = [self.label, *(f.source_column for f in self.dense)]
         names += [f.source_column for f in self.sparse]
         names += [f.weight_column for f in self.sparse if f.weight_column is not None]
+        names += [] if self.user is None else [self.user]
         return list(dict.fromkeys(names))

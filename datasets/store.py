@@ -46,9 +46,10 @@ class ArrowStore:
         Args:
             path: Folder made by :func:`convert`.
             verify: Also compare every file with its sha256 (reads all of it).
-            schema: Schema to use in place of the stored one: same source columns, but other
-                table sizes or pooling. Pass ``convert(...).data_schema`` to be sure to get the
-                sizes that were asked for, when the store may be older.
+            schema: Schema to use in place of the stored one: same source columns (but it need not
+                name that of the users), other table sizes or pooling. Pass
+                ``convert(...).data_schema`` to be sure to get the sizes that were asked for, when
+                the store may be older.
 
         Raises:
             DataError: No store is there, it is damaged, or ``schema`` does not fit it.
@@ -57,6 +58,7 @@ class ArrowStore:
         manifest = load_manifest(path)
         if schema is not None:
             check_schema_fits(manifest, schema, path)
+            schema = schema.with_user(manifest.data_schema.user)
         if verify:
             verify_files(path, manifest)
         return cls(path, manifest, schema or manifest.data_schema)

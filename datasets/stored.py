@@ -7,6 +7,7 @@ The columns of a record batch, without nulls:
 - ``ids``: fixed-size list of int64, one for each non-ragged sparse feature: the 63-bit hash, or
   the id itself for unhashed features with -1 for a missing one (absent without any);
 - ``bag:NAME``: list of int64 for each ragged feature, and ``weights:NAME``: list of float32;
+- ``user``: int64, a 63-bit hash of the user's key (absent without a column of users);
 - ``record_key``: uint64 that decides the split (dropped when written).
 
 Rows lie together (fixed-size lists, not one column a feature), because training reads random
@@ -22,6 +23,7 @@ import pyarrow as pa
 from dist_dp.datasets.schema import DataSchema
 
 RECORD_KEY = "record_key"
+USER = "user"
 
 
 def stored_schema(schema: DataSchema) -> Any:
@@ -38,4 +40,6 @@ def stored_schema(schema: DataSchema) -> Any:
             if feature.weight_column is not None:
                 name = f"weights:{feature.name}"
                 fields.append(pa.field(name, pa.list_(pa.float32()), nullable=False))
+    if schema.user is not None:
+        fields.append(pa.field(USER, pa.int64(), nullable=False))
     return pa.schema(fields)

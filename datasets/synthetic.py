@@ -8,12 +8,13 @@ one, and memory does not depend on the length.
 
 from __future__ import annotations
 
+import contextlib
 import hashlib
 import json
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import asdict
 from pathlib import Path
-from typing import Any
+from typing import IO, Any
 
 import pyarrow as pa
 import pyarrow.csv as pacsv
@@ -46,6 +47,9 @@ __all__ = [
 ]
 
 
+USER_COLUMN = "user"
+
+
 def iter_chunks(settings: SyntheticSettings, num_records: int) -> Iterator[SyntheticChunk]:
     """Generates ``num_records`` records in chunks, in memory.
 
@@ -64,6 +68,7 @@ def iter_chunks(settings: SyntheticSettings, num_records: int) -> Iterator[Synth
                 chunk.ranks[:left],
                 chunk.labels[:left],
                 chunk.probability[:left],
+                None if chunk.users is None else chunk.users[:left],
             )
         yield chunk
 
@@ -71,7 +76,7 @@ def iter_chunks(settings: SyntheticSettings, num_records: int) -> Iterator[Synth
 def criteo_like_schema(
     settings: SyntheticSettings, num_embeddings: int | None = None
 ) -> DataSchema:
-    """Schema of a synthetic log: I1.. by log(1 + max(x, 0)), and hashed C1...
+    """Schema of a synthetic log: I1.. by log(1 + max(x, 0)), hashed C1.., and users if it has any.
 
     Args:
         settings: Of the log.
@@ -88,6 +93,7 @@ def criteo_like_schema(
             SparseFeature(name=f"C{f + 1}", num_embeddings=num_embeddings or max(64, 2 * n))
             for f, n in enumerate(settings.cardinalities)
         ),
+        user=USER_COLUMN if settings.num_users else None,
     )
 
 
@@ -99,6 +105,8 @@ def _table(truth: Truth, chunk: SyntheticChunk) -> dict[str, Any]:
         columns[f"I{j + 1}"] = pa.array(values, mask=values < 0)
     for f in range(chunk.ranks.shape[1]):
         columns[f"C{f + 1}"] = truth.tokens(f, chunk.ranks[:, f])
+    if chunk.users is not None:
+        columns[USER_COLUMN] = truth.tokens(len(chunk.ranks[0]), chunk.users)
     return columns
 
 
@@ -112,7 +120,10 @@ def write_criteo_like(
     zipf_exponent: float = 1.05,
     **settings: Any,
 ) -> dict[str, Any]:
-    """Writes a synthetic log as TSV (Criteo's layout with the default columns), and its truth.
+    """Writes a synthetic log and its truth.
+
+    The log is a TSV (Criteo's layout with the default columns), or Parquet with the same columns by
+    name if the file's ending says so. Only Parquet has a place for users, in the column ``user``.
 
     Args:
         path: File to write; ``PATH.truth.json`` is written beside it.
@@ -141,14 +152,19 @@ def write_criteo_like(
     )
     path = Path(path)
     partial = path.with_name(f".{path.name}.partial")
-    options = pacsv.WriteOptions(include_header=False, delimiter="\t", quoting_style="none")
+    as_parquet = path.suffix == ".parquet"
+    if chosen.num_users and not as_parquet:
+        raise ConfigError(
+            f"{path}: Criteo's layout has no place for users; give a file that ends in .parquet"
+        )
+    write = _parquet_writer if as_parquet else _tsv_writer
     truth = Truth(chosen)
     scores = ScoreHistogram()
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
-        with partial.open("wb") as stream:
+        with partial.open("wb") as stream, write(stream) as add:
             for chunk in iter_chunks(chosen, num_records):
-                pacsv.write_csv(pa.table(_table(truth, chunk)), stream, options)
+                add(pa.table(_table(truth, chunk)))
                 scores.add(chunk.probability, chunk.labels)
         summary = _summary(truth, scores, num_records)
         truth_path = path.with_name(path.name + ".truth.json")
@@ -161,9 +177,33 @@ def write_criteo_like(
     return summary
 
 
+@contextlib.contextmanager
+def _tsv_writer(stream: IO[bytes]) -> Iterator[Callable[[Any], None]]:
+    options = pacsv.WriteOptions(include_header=False, delimiter="\t", quoting_style="none")
+    yield lambda table: pacsv.write_csv(table, stream, options)
+
+
+@contextlib.contextmanager
+def _parquet_writer(stream: IO[bytes]) -> Iterator[Callable[[Any], None]]:
+    import pyarrow.parquet as pq
+
+    with contextlib.ExitStack() as stack:
+        writers: list[Any] = []
+
+        def add(table: Any) -> None:
+            if not writers:
+                writers.append(stack.enter_context(pq.ParquetWriter(stream, table.schema)))
+            writers[0].write_table(table)
+
+        yield add
+
+
 def _summary(truth: Truth, scores: ScoreHistogram, num_records: int) -> dict[str, Any]:
     return {
-        "settings": {**asdict(truth.settings), "cardinalities": [*truth.settings.cardinalities]},
+        "settings": {
+            **_settings_of(truth.settings),
+            "cardinalities": [*truth.settings.cardinalities],
+        },
         "num_records": num_records,
         "bias": truth.bias,
         "click_rate": scores.click_rate(),
@@ -171,6 +211,14 @@ def _summary(truth: Truth, scores: ScoreHistogram, num_records: int) -> dict[str
         "best_log_loss": scores.log_loss(),
         "best_normalized_entropy": scores.normalized_entropy(),
     }
+
+
+def _settings_of(settings: SyntheticSettings) -> dict[str, Any]:
+    """By name; a log without users is described as before there were any."""
+    values = asdict(settings)
+    if not settings.num_users:
+        del values["num_users"]
+    return values
 
 
 class SyntheticReader(Reader):
@@ -205,7 +253,7 @@ class SyntheticReader(Reader):
 
     def identity(self) -> tuple[FileIdentity, ...]:
         """Hash of the settings in place of a file."""
-        text = json.dumps([asdict(self.settings), self.num_records], sort_keys=True)
+        text = json.dumps([_settings_of(self.settings), self.num_records], sort_keys=True)
         digest = hashlib.sha256(text.encode()).hexdigest()
         return (
             FileIdentity(

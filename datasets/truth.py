@@ -31,6 +31,7 @@ DEFAULT_CARDINALITIES = tuple(min(n, 100_000) for n in PUBLISHED_CARDINALITIES)
 _LOG_MEAN, _LOG_DEVIATION, _DENSE_MISSING = 1.5, 1.2, 0.1
 _TOKEN_MISSING = 0.03
 _DAMP_RANK = 100.0
+_USER_EXPONENT = 0.7
 
 
 @dataclass(frozen=True)
@@ -47,6 +48,8 @@ class SyntheticSettings:
         sparse_signal: The same for the tokens alone, before damping.
         interaction_signal: The same for pairs of token columns.
         num_interactions: Number of pairs; the columns with fewest tokens are paired.
+        num_users: Users whose the records are, 0 for none. The number of records of a user is
+            heavy-tailed; it tells nothing about clicks.
     """
 
     seed: int = 0
@@ -58,6 +61,7 @@ class SyntheticSettings:
     sparse_signal: float = 1.0
     interaction_signal: float = 0.25
     num_interactions: int = 4
+    num_users: int = 0
 
     def __post_init__(self) -> None:
         """Checks ranges.
@@ -75,6 +79,7 @@ class SyntheticSettings:
             "zipf_exponent must be positive": self.zipf_exponent > 0,
             "click_rate must lie in (0, 1)": 0 < self.click_rate < 1,
             "num_interactions must not be negative": self.num_interactions >= 0,
+            "num_users must lie in [0, 2**31)": 0 <= self.num_users < 2**31,
         }
         for rule, kept in rules.items():
             if not kept:
@@ -90,12 +95,14 @@ class SyntheticChunk:
         ranks: int64 [n, columns], the rank of each token from 1, or 0 where missing.
         labels: int64 [n], 0 or 1.
         probability: float64 [n], the true click probability.
+        users: int64 [n], the user of each record, from 1; None without users.
     """
 
     dense: NDArray[np.int64]
     ranks: NDArray[np.int64]
     labels: NDArray[np.int64]
     probability: NDArray[np.float64]
+    users: NDArray[np.int64] | None = None
 
 
 class Truth:
@@ -148,7 +155,14 @@ class Truth:
         dense, ranks = self._features(generator)
         probability = _sigmoid(self.logit(dense, ranks))
         labels = (generator.random(BLOCK_ROWS) < probability).astype(np.int64)
-        return SyntheticChunk(dense, ranks, labels, probability)
+        return SyntheticChunk(dense, ranks, labels, probability, self._users(number))
+
+    def _users(self, number: int) -> NDArray[np.int64] | None:
+        """The users of a block: the k-th has a share close to k**-0.7, drawn beside all else."""
+        if self.settings.num_users == 0:
+            return None
+        uniform = _generator(self.settings.seed, 2**62 + number).random(BLOCK_ROWS)
+        return _power_law(uniform, self.settings.num_users, _USER_EXPONENT)
 
     def logit(self, dense: NDArray[np.int64], ranks: NDArray[np.int64]) -> NDArray[np.float64]:
         """True logit of records, float64 [n]."""

@@ -23,8 +23,15 @@ def check_whole_run_fits(accountant: Any, dataset: str, plan: PrivacyPlan) -> No
         plan: A plan with noise.
 
     Raises:
-        BudgetError: What is left of the data set's budget does not cover every planned step.
+        BudgetError: What is left of the data set's budget does not cover every planned step, or
+            counts another unit of privacy.
     """
+    for budget in accountant.datasets():
+        if budget.name == dataset and budget.unit != plan.unit:
+            raise BudgetError(
+                f"data set '{dataset}' is registered with unit of privacy '{budget.unit}', not "
+                f"'{plan.unit}': one budget counts one unit; train with privacy.unit {budget.unit}"
+            )
     spend = accountant.spent(dataset)
     fits = max_steps(
         plan.step_costs(), 1, plan.steps, spend.steps_by_event, spend.budget_epsilon, spend.delta
@@ -96,6 +103,7 @@ def open_account(
     fingerprint: str | None,
     stop_at_budget: bool,
     resumed_at: tuple[int, bool] | None,
+    restarted: bool = False,
 ) -> Any:
     """Registers the data set if it is new and opens the run's account; every rank calls it.
 
@@ -109,8 +117,9 @@ def open_account(
         fingerprint: Identifies the records; by default the name alone does.
         stop_at_budget: Open it although not all planned steps fit.
         resumed_at: For a run that goes on: the step of its checkpoint, and whether every row
-            was settled in it. The account is open already; steps that are run again are charged
-            again.
+            was settled in it. The account is open already.
+        restarted: An earlier attempt at this run may have opened the account, and died before its
+            first checkpoint: go on with it then, from step 0.
 
     Returns:
         The accountant on rank 0, None elsewhere.
@@ -126,6 +135,8 @@ def open_account(
         try:
             accountant = accountant or LocalAccountant(Ledger(ledger))
             costs = None if plan.mechanism == "none" else plan.step_costs()
+            if restarted and resumed_at is None and accountant.knows_run(run_id):
+                resumed_at = (0, False)
             if resumed_at is not None:
                 _check_no_later_release(accountant, run_id, *resumed_at)
                 if costs is not None:
@@ -136,7 +147,8 @@ def open_account(
                     accountant.register_dataset(
                         dataset,
                         fingerprint=fingerprint or f"named:{dataset}",
-                        num_records=plan.num_records,
+                        num_records=plan.num_units,
+                        unit=plan.unit,
                         epsilon=budget[0] if budget else plan.target_epsilon or plan.epsilon(),
                         delta=budget[1] if budget else plan.delta,
                         explicit=budget is not None,

@@ -6,7 +6,7 @@ import secrets
 from abc import ABC, abstractmethod
 from typing import TYPE_CHECKING, Any, cast
 
-from dist_dp.accounting import GaussianEvent
+from dist_dp.events import PrivacyEvent
 from dist_dp.ledger_entry import Entry, Position
 from dist_dp.ledger_state import DatasetBudget, Lease, Spend
 from dist_dp.step_costs import StepCosts
@@ -30,6 +30,10 @@ READING = frozenset(
         "spent",
         "run_epsilon",
         "run_steps",
+        "knows_run",
+        "open_leases",
+        "charged_to",
+        "run_status",
         "run_charges",
         "run_costs",
         "released_step",
@@ -147,13 +151,29 @@ class Accountant(ABC):
         """Return ε of one run's charge alone."""
         return float(self._call("run_epsilon", run_id, delta))
 
+    def knows_run(self, run_id: str) -> bool:
+        """Return whether a run was ever opened."""
+        return bool(self._call("knows_run", run_id))
+
+    def run_status(self, run_id: str) -> str:
+        """Return `open`, or how a run ended."""
+        return str(self._call("run_status", run_id))
+
+    def charged_to(self, run_id: str) -> int:
+        """Return the last step that a run is charged for by its latest lease."""
+        return int(self._call("charged_to", run_id))
+
+    def open_leases(self, run_id: str) -> list[Lease]:
+        """Return the leases of a run that are not settled."""
+        return cast("list[Lease]", self._call("open_leases", run_id))
+
     def run_steps(self, run_id: str) -> int:
         """Return how many steps are charged to a run."""
         return int(self._call("run_steps", run_id))
 
-    def run_charges(self, run_id: str) -> dict[GaussianEvent, int]:
+    def run_charges(self, run_id: str) -> dict[PrivacyEvent, int]:
         """Return the steps charged to a run by event."""
-        return cast("dict[GaussianEvent, int]", self._call("run_charges", run_id))
+        return cast("dict[PrivacyEvent, int]", self._call("run_charges", run_id))
 
     def run_costs(self, run_id: str) -> StepCosts | None:
         """Return what each step of a run costs, as it was opened."""

@@ -12,14 +12,15 @@ import contextlib
 import logging
 import math
 from collections.abc import Iterator, Mapping
-from dataclasses import dataclass
 from functools import lru_cache
-from typing import TYPE_CHECKING, Any, Literal, cast
+from typing import Any, Literal
 
 from dist_dp.errors import ConfigError
+from dist_dp.events import GaussianEvent, PrivacyEvent, check_sample_rate, event_order
 
-if TYPE_CHECKING:
-    import dp_accounting
+__all__ = [
+    "AccountantKind", "GaussianEvent", "check_delta", "check_sample_rate", "delta_of", "epsilon_of",
+]  # fmt: skip
 
 AccountantKind = Literal["pld", "rdp"]
 
@@ -31,51 +32,14 @@ _FINE_GRID_LOSS = 100.0
 _PLDS_KEPT = 32
 
 
-@dataclass(frozen=True, order=True)
-class GaussianEvent:
-    """One step of the Gaussian mechanism on a Poisson sample of the records.
-
-    Args:
-        noise_multiplier: standard deviation of the noise over the sensitivity of the sum; 0 means
-            no noise, hence no guarantee.
-        sample_rate: probability with which each record takes part, independently; 1 means that
-            all records take part (no amplification by sampling).
-
-    Raises:
-        ConfigError: a value is out of its range.
-    """
-
-    noise_multiplier: float
-    sample_rate: float = 1.0
-
-    def __post_init__(self) -> None:
-        """Normalise both values to ``float`` and check their ranges."""
-        object.__setattr__(self, "noise_multiplier", float(self.noise_multiplier))
-        object.__setattr__(self, "sample_rate", float(self.sample_rate))
-        if not (math.isfinite(self.noise_multiplier) and self.noise_multiplier >= 0):
-            raise ConfigError(
-                f"noise_multiplier is {self.noise_multiplier}: give a finite number of 0 or more"
-            )
-        check_sample_rate(self.sample_rate)
-
-    def to_dp_event(self, count: int = 1) -> dp_accounting.DpEvent:
-        """Return ``count`` such steps in the vocabulary of ``dp_accounting``."""
-        import dp_accounting as dp
-
-        event: Any = dp.GaussianDpEvent(self.noise_multiplier)
-        if self.sample_rate < 1.0:
-            event = dp.PoissonSampledDpEvent(self.sample_rate, event)
-        return cast("dp_accounting.DpEvent", dp.SelfComposedDpEvent(event, count))
-
-
 def epsilon_of(
-    events: Mapping[GaussianEvent, int], delta: float, *, accountant: AccountantKind = "pld"
+    events: Mapping[PrivacyEvent, int], delta: float, *, accountant: AccountantKind = "pld"
 ) -> float:
     """Return ε of the composition of ``events`` (a step count for each) at ``delta``.
 
     Guarantee:
-        Whoever sees the results of all these steps, each a Gaussian mechanism on a fresh Poisson
-        sample, has (ε, δ)-differential privacy against the presence of one record
+        Whoever sees the results of all these steps, each a mechanism on a Poisson sample of its own
+        (see `dist_dp.events`), has (ε, δ)-differential privacy against the presence of one unit
         (add-or-remove-one). The events must not have been chosen in the light of each other's
         results. Results are cached.
 
@@ -90,7 +54,7 @@ def epsilon_of(
 
 
 def delta_of(
-    events: Mapping[GaussianEvent, int], epsilon: float, *, accountant: AccountantKind = "pld"
+    events: Mapping[PrivacyEvent, int], epsilon: float, *, accountant: AccountantKind = "pld"
 ) -> float:
     """Return δ of the composition of ``events`` at ``epsilon``; see `epsilon_of`.
 
@@ -100,7 +64,7 @@ def delta_of(
     if not (math.isfinite(epsilon) and epsilon >= 0):
         raise ConfigError(f"epsilon is {epsilon}: give a finite number of 0 or more")
     key = _key(events)
-    if any(event.noise_multiplier == 0 for event, _ in key):
+    if not all(event.is_private for event, _ in key):
         return 1.0
     if not key:
         return 0.0
@@ -110,12 +74,12 @@ def delta_of(
     return float(_composed_pld(key, _interval(key)).get_delta_for_epsilon(float(epsilon)))
 
 
-_Key = tuple[tuple[GaussianEvent, int], ...]
+_Key = tuple[tuple[PrivacyEvent, int], ...]
 
 
 @lru_cache(maxsize=8192)
 def _epsilon(key: _Key, delta: float, accountant: AccountantKind) -> float:
-    if any(event.noise_multiplier == 0 for event, _ in key):
+    if not all(event.is_private for event, _ in key):
         return math.inf
     if not key:
         return 0.0
@@ -145,25 +109,16 @@ def _composed_pld(key: _Key, interval: float) -> Any:
 
 
 @lru_cache(maxsize=_PLDS_KEPT)
-def _power_pld(event: GaussianEvent, count: int, interval: float) -> Any:
-    if event.sample_rate == 1.0:
-        # Gaussian steps compose exactly into one with less noise.
-        sigma = event.noise_multiplier / math.sqrt(count)
-        return _step_pld(GaussianEvent(sigma, 1.0), interval)
+def _power_pld(event: PrivacyEvent, count: int, interval: float) -> Any:
+    one = event.times(count)
+    if one is not None:
+        return _step_pld(one, interval)
     return _step_pld(event, interval).self_compose(count)
 
 
 @lru_cache(maxsize=_PLDS_KEPT)
-def _step_pld(event: GaussianEvent, interval: float) -> Any:
-    from dp_accounting import NeighboringRelation
-    from dp_accounting.pld import privacy_loss_distribution
-
-    return privacy_loss_distribution.from_gaussian_mechanism(
-        standard_deviation=event.noise_multiplier,
-        sampling_prob=event.sample_rate,
-        value_discretization_interval=interval,
-        neighboring_relation=NeighboringRelation.ADD_OR_REMOVE_ONE,
-    )
+def _step_pld(event: PrivacyEvent, interval: float) -> Any:
+    return event.pld(interval)
 
 
 def _interval(key: _Key) -> float:
@@ -173,23 +128,25 @@ def _interval(key: _Key) -> float:
     """
     mean, widest = 0.0, 0.0
     for event, count in key:
-        inverse = 1 / event.noise_multiplier**2
-        per_step = event.sample_rate * inverse / 2
-        if inverse < 100:
-            per_step = min(per_step, event.sample_rate**2 * math.expm1(inverse))
+        per_step, largest = event.rough_loss()
         mean += count * per_step
-        widest = max(widest, inverse / 2 + 9 * math.sqrt(inverse))
+        widest = max(widest, largest)
     loss = mean + 10 * math.sqrt(2 * mean) + widest
     if loss <= _FINE_GRID_LOSS:
         return _INTERVAL
     return float(_INTERVAL * 2 ** math.ceil(math.log2(loss / _FINE_GRID_LOSS)))
 
 
-def _key(events: Mapping[GaussianEvent, int]) -> _Key:
+def _key(events: Mapping[PrivacyEvent, int]) -> _Key:
     for event, count in events.items():
         if isinstance(count, bool) or not isinstance(count, int) or count < 0:
             raise ConfigError(f"step count of {event} is {count!r}: give an integer of 0 or more")
-    return tuple(sorted((event, count) for event, count in events.items() if count))
+    return tuple(
+        sorted(
+            ((event, count) for event, count in events.items() if count),
+            key=lambda item: event_order(item[0]),
+        )
+    )
 
 
 @contextlib.contextmanager
@@ -219,17 +176,4 @@ def check_delta(delta: float) -> None:
     if not 0 < delta < 1:
         raise ConfigError(
             f"delta is {delta}: give a number between 0 and 1 (below 1 / number of records)"
-        )
-
-
-def check_sample_rate(sample_rate: float) -> None:
-    """Refuse a sample rate outside (0, 1].
-
-    Raises:
-        ConfigError: with what it is.
-    """
-    if not 0 < sample_rate <= 1:
-        raise ConfigError(
-            f"sample_rate is {sample_rate}: it must lie in (0, 1]; it is the expected batch size "
-            "over the number of records"
         )

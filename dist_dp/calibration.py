@@ -13,6 +13,7 @@ from dist_dp.accounting import (
     epsilon_of,
 )
 from dist_dp.errors import ConfigError
+from dist_dp.events import PrivacyEvent
 
 _SMALLEST_SIGMA = 2.0**-4
 _LARGEST_SIGMA = 2.0**17
@@ -63,7 +64,7 @@ def calibrate_noise_multiplier(
     goal = target_epsilon * (1 - _EPSILON_MARGIN)
 
     def excess(log_sigma: float) -> float:
-        events: dict[GaussianEvent, int] = {}
+        events: dict[PrivacyEvent, int] = {}
         for factor, count in parts.items():
             event = GaussianEvent(math.exp(log_sigma) * factor, sample_rate)
             events[event] = events.get(event, 0) + count

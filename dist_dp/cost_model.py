@@ -13,9 +13,11 @@ from pathlib import Path
 from typing import Any
 
 from dist_dp.errors import ConfigError
-from dist_dp.step_counts import FLOAT, Work, Workload, step_counts
+from dist_dp.step_counts import step_counts
+from dist_dp.step_shapes import FLOAT, MECHANISMS, Workload
+from dist_dp.step_work import Access, Work
 
-RATES_VERSION = 1
+RATES_VERSION = 2
 
 
 @dataclass(frozen=True)
@@ -34,15 +36,17 @@ class MachineRates:
         activation_bytes_per_second: Passes over activations (read and written).
         fresh_bytes_per_second: Memory new from the system, beyond the pass that fills it.
         indexed_numbers_per_second: Numbers gathered or scattered one by one; one thread.
-        lookup_seconds_a_row: FBGEMM's pooled lookup, for each id.
-        lookup_bytes_per_second: The same for the bytes it reads at random in a large table.
-        update_seconds_a_row: FBGEMM's fused update, for each id.
-        update_bytes_per_second: The same for the bytes it reads and writes at random.
-        id_seconds: Looking one id up in the history.
-        settle_seconds_a_row: Settling one listed row, its share by columns aside.
-        settle_normals_per_second: Normals drawn and added to rows in random order.
+        lookup_seconds: FBGEMM's pooled lookup, for one of each that
+            :class:`~dist_dp.step_work.Access` counts.
+        update_seconds: FBGEMM's backward with its fused update, likewise.
+        search_id_seconds: Looking one id up in the history.
+        search_row_seconds: What the first id of a row costs beyond that.
+        short_bag_id_seconds: Looking for an id's repeats in a bag of one id.
+        long_bag_id_seconds: The same in a bag of 32.
+        settle_row_seconds: Settling one listed row, its share by columns aside.
+        settle_normal_seconds: A normal drawn and added to a row, rows in random order.
         stream_normals_per_second: Normals drawn and added to a whole table.
-        rounds: ChaCha rounds of the two rates above.
+        rounds: ChaCha rounds of the noise.
         torch_normals_per_second: ``torch.normal`` into a new tensor, then added; one thread.
         step_seconds: By mechanism: what a step costs whatever its size.
         table_seconds: By mechanism: what each local piece of a table adds to it.
@@ -61,13 +65,14 @@ class MachineRates:
     activation_bytes_per_second: float
     fresh_bytes_per_second: float
     indexed_numbers_per_second: float
-    lookup_seconds_a_row: float
-    lookup_bytes_per_second: float
-    update_seconds_a_row: float
-    update_bytes_per_second: float
-    id_seconds: float
-    settle_seconds_a_row: float
-    settle_normals_per_second: float
+    lookup_seconds: dict[str, float]
+    update_seconds: dict[str, float]
+    search_id_seconds: float
+    search_row_seconds: float
+    short_bag_id_seconds: float
+    long_bag_id_seconds: float
+    settle_row_seconds: float
+    settle_normal_seconds: float
     stream_normals_per_second: float
     rounds: int
     torch_normals_per_second: float
@@ -88,7 +93,10 @@ class MachineRates:
         """
         factor = threads / self.threads
         changed = {name: getattr(self, name) * factor for name in _SCALING_RATES}
-        changed |= {name: getattr(self, name) / factor for name in _SCALING_COSTS}
+        for name in _SCALING_COSTS:
+            changed[name] = getattr(self, name) / factor
+        for name in _SCALING_ACCESSES:
+            changed[name] = {k: cost / factor for k, cost in getattr(self, name).items()}
         return replace(self, threads=threads, **changed)
 
     def with_network(self, bytes_per_second: float, round_seconds: float) -> MachineRates:
@@ -106,9 +114,9 @@ class MachineRates:
         shown = []
         for name, value in asdict(self).items():
             if isinstance(value, dict):
-                each = ", ".join(f"{key} {1e3 * v:.3g} ms" for key, v in value.items())
+                each = ", ".join(f"{key} {1e6 * v:.3g}" for key, v in value.items()) + " µs"
                 shown.append((name, each))
-            elif name.endswith(("seconds", "_a_row")):
+            elif name.endswith("seconds"):
                 shown.append((name, f"{1e6 * value:.3g} µs"))
             else:
                 shown.append((name, f"{value:.4g}" if isinstance(value, float) else str(value)))
@@ -152,6 +160,9 @@ class MachineRates:
                 not _is_positive(n, zero="seconds" in name) for n in numbers
             ):
                 raise ConfigError(f"'{path}': {name} is {value}; {remedy}")
+            keys = _KEYS.get(name)
+            if keys is not None and (not isinstance(value, dict) or set(value) != keys):
+                raise ConfigError(f"'{path}': {name} is not of {', '.join(sorted(keys))}; {remedy}")
         return cls(**values)
 
 
@@ -161,21 +172,43 @@ def _is_positive(value: Any, *, zero: bool) -> bool:
     return 0 < value < float("inf") or (zero and value == 0)
 
 
+_KEYS = {
+    "lookup_seconds": {f.name for f in fields(Access)},
+    "update_seconds": {f.name for f in fields(Access)},
+    "step_seconds": set(MECHANISMS),
+    "table_seconds": set(MECHANISMS),
+}
 _SCALING_RATES = (
     "matmul_flops_per_second",
     "small_matmul_flops_per_second",
     "activation_bytes_per_second",
-    "lookup_bytes_per_second",
-    "update_bytes_per_second",
-    "settle_normals_per_second",
     "stream_normals_per_second",
 )
-_SCALING_COSTS = ("lookup_seconds_a_row", "update_seconds_a_row", "settle_seconds_a_row")
+_SCALING_ACCESSES = ("lookup_seconds", "update_seconds")
+_SCALING_COSTS = (
+    "search_id_seconds",
+    "search_row_seconds",
+    "short_bag_id_seconds",
+    "long_bag_id_seconds",
+    "settle_row_seconds",
+    "settle_normal_seconds",
+)
 _NETWORK_RATES = (
     "all_to_all_bytes_per_second",
     "all_reduce_bytes_per_second",
     "all_gather_bytes_per_second",
 )
+
+
+def access_seconds(access: Access, costs: dict[str, float]) -> float:
+    """Seconds of going through tables.
+
+    Args:
+        access: What is touched.
+        costs: Seconds of one of each, by the field's name.
+    """
+    found: float = sum(count * costs[name] for name, count in asdict(access).items())
+    return found
 
 
 def seconds_of(work: Work, rates: MachineRates) -> float:
@@ -186,13 +219,14 @@ def seconds_of(work: Work, rates: MachineRates) -> float:
         + work.activation_bytes / rates.activation_bytes_per_second
         + work.fresh_bytes / rates.fresh_bytes_per_second
         + work.indexed_numbers / rates.indexed_numbers_per_second
-        + work.lookup_rows * rates.lookup_seconds_a_row
-        + work.lookup_bytes / rates.lookup_bytes_per_second
-        + work.update_rows * rates.update_seconds_a_row
-        + work.update_bytes / rates.update_bytes_per_second
-        + work.ids * rates.id_seconds
-        + work.settle_rows * rates.settle_seconds_a_row
-        + work.settle_normals / rates.settle_normals_per_second
+        + access_seconds(work.lookup, rates.lookup_seconds)
+        + access_seconds(work.update, rates.update_seconds)
+        + work.search_ids * rates.search_id_seconds
+        + work.search_rows * rates.search_row_seconds
+        + work.short_bag_ids * rates.short_bag_id_seconds
+        + work.long_bag_ids * rates.long_bag_id_seconds
+        + work.settle_rows * rates.settle_row_seconds
+        + work.settle_normals * rates.settle_normal_seconds
         + work.stream_normals / rates.stream_normals_per_second
         + work.torch_normals / rates.torch_normals_per_second
         + work.all_to_all_bytes / rates.all_to_all_bytes_per_second

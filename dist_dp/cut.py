@@ -16,6 +16,8 @@ from torch import Tensor, nn
 from torch.autograd.graph import saved_tensors_hooks
 
 from dist_dp.clipping.table_uses import Tables, collection_norms
+from dist_dp.clipping.user_groups import UserGroups
+from dist_dp.clipping.user_tables import collection_norms_of_users
 from dist_dp.errors import ConfigError, ModelError, ReleaseError
 from dist_dp.id_checks import check_features, without_weights
 from dist_dp.id_distribution import IdDistribution
@@ -221,6 +223,11 @@ class CutEmbeddings(nn.Module):
         """Σ over tables of the squared per-example gradient norms, float ``[batch]``."""
         tables = Tables(self.configs, self.output_names, self.pooled)
         return collection_norms(tables, self._calls, batch, device)
+
+    def squared_norms_of_users(self, users: UserGroups, device: torch.device) -> Tensor:
+        """Σ over tables of the squared norms of users' gradients, float ``[units]``."""
+        tables = Tables(self.configs, self.output_names, self.pooled)
+        return collection_norms_of_users(tables, self._calls, users, device)
 
     def backward(self, coefficients: Tensor, rates: Sequence[float]) -> None:
         """Sends the scaled gradient on and updates the tables.

@@ -28,7 +28,6 @@ from torch import nn
 
 from dist_dp import kernels
 from dist_dp.account import open_account
-from dist_dp.accounting import GaussianEvent
 from dist_dp.checkpoint import (
     CheckpointWriter,
     load_checkpoint,
@@ -37,6 +36,7 @@ from dist_dp.checkpoint import (
 )
 from dist_dp.distributed import broadcast_object, ensure_process_group, rank
 from dist_dp.errors import ConfigError, DistDpError
+from dist_dp.events import PrivacyEvent
 from dist_dp.leases import StepLeases
 from dist_dp.ledger_address import default_ledger, ledger_address
 from dist_dp.loader import PoissonLoader, as_source
@@ -52,16 +52,19 @@ from dist_dp.sampling import PoissonSampler
 from dist_dp.schedules import ScheduleConfig
 from dist_dp.sharding import ShardingKind, TableOptimizer
 from dist_dp.timing import PhaseTimer
+from dist_dp.trail import StepTrail
+from dist_dp.user_records import UserRecords, users_of
+from dist_dp.user_sampling import UserSampler
 
 
 class PrivacyEngine:
     """Couples sampling, clipping, noise and accounting for one run.
 
     Guarantee:
-        What :meth:`release` writes is (ε, δ)-DP with respect to adding or removing one record
-        of ``data_loader``'s data set, at the ε of the steps in :meth:`charged_events`, and
-        the ledger was charged at least that before each step. See :class:`PrivateOptimizer` for
-        what it assumes.
+        What :meth:`release` writes is (ε, δ)-DP with respect to adding or removing one record of
+        ``data_loader``'s data set, or all records of one user (``max_records_per_user``), at the ε
+        of the steps in :meth:`charged_events`, and the ledger was charged at least that before each
+        step. See :class:`PrivateOptimizer` for what it assumes.
 
     Args:
         dataset: Name of the data set in the ledger; runs that name it share its budget.
@@ -75,6 +78,9 @@ class PrivacyEngine:
         resume_from: A training checkpoint of this run to go on from, or the folder that
             :func:`dist_dp.checkpoint.save_checkpoint` was given. Workers and sharding may be
             others than before.
+        trail: File in which the run notes what each step looked like, beside its checkpoints, so
+            that after a crash a replay that comes out the same is not charged again; see
+            :mod:`dist_dp.trail`. Without it every replayed step is charged again.
         secret: 32-byte secret for reproducible tests. Leave it out: the operating system makes
             one. A given secret marks the run as not private.
         device: Where tables and dense layers live; by default where the model is.
@@ -97,6 +103,7 @@ class PrivacyEngine:
         ledger: str | Path | None = None,
         run_id: str | None = None,
         resume_from: str | Path | None = None,
+        trail: str | Path | None = None,
         secret: bytes | None = None,
         device: torch.device | str | None = None,
         settings: Mapping[str, Any] | None = None,
@@ -110,6 +117,7 @@ class PrivacyEngine:
         self.settings = dict(settings or {})
         self.secret_is_given = secret is not None
         self.resume_from = Path(resume_from) if resume_from else None
+        self.trail = Path(trail) if trail else None
         self.device = None if device is None else torch.device(device)
         self.noise_grid = noise_grid
         self.noise_rounds = noise_rounds
@@ -119,6 +127,8 @@ class PrivacyEngine:
         self._ledger = ledger_address(ledger) if ledger else default_ledger()
         self._parts: PrivateModel | None = None
         self._loader: PoissonLoader | None = None
+        # Mean records of a unit in a step: 1, or what users have.
+        self.records_per_unit = 1.0
         # Set by a writer in the background: a release waits for what is in flight.
         self.checkpoints: CheckpointWriter | None = None
         # Without a device the model's is not known yet, unless there is only one kind.
@@ -150,9 +160,12 @@ class PrivacyEngine:
         expected_batch_size: float | None = None,
         clip_schedule: ScheduleConfig | None = None,
         noise_multiplier_schedule: ScheduleConfig | None = None,
+        max_records_per_user: int | None = None,
+        users: Any = None,
         **options: Any,
     ) -> tuple[nn.Module, PrivateOptimizer, PoissonLoader]:
         """As :meth:`make_private`, with the noise calibrated to (ε, δ) over the planned steps."""
+        whose = _users(data_loader, max_records_per_user, users)
         plan = self._plan(
             data_loader,
             None,
@@ -163,10 +176,17 @@ class PrivacyEngine:
             expected_batch_size,
             clip_schedule,
             noise_multiplier_schedule,
+            max_records_per_user,
+            whose,
         ).calibrate(target_epsilon, target_delta)
         plan = self._with_grid(plan, module, optimizer, options)
         return self.make_private_from_plan(
-            plan, module=module, optimizer=optimizer, data_loader=data_loader, **options
+            plan,
+            module=module,
+            optimizer=optimizer,
+            data_loader=data_loader,
+            users=whose,
+            **options,
         )
 
     def make_private(
@@ -183,6 +203,8 @@ class PrivacyEngine:
         expected_batch_size: float | None = None,
         clip_schedule: ScheduleConfig | None = None,
         noise_multiplier_schedule: ScheduleConfig | None = None,
+        max_records_per_user: int | None = None,
+        users: Any = None,
         **options: Any,
     ) -> tuple[nn.Module, PrivateOptimizer, PoissonLoader]:
         """Shards the model, cuts it at its tables, and couples it to a private loader.
@@ -202,6 +224,10 @@ class PrivacyEngine:
             expected_batch_size: Mean Poisson batch over all ranks.
             clip_schedule: Factor of ``max_grad_norm`` by step; see :class:`PrivacyPlan`.
             noise_multiplier_schedule: Factor of ``noise_multiplier`` by step; likewise.
+            max_records_per_user: Protect users and not records: most records of a user in a step.
+                Expected batch size, epochs and δ count users then.
+            users: Whose the records are, one integer for each record of the data set; by default
+                those that a data set of ``dist_dp.datasets`` was converted with.
             **options: ``loss_reduction`` (``mean`` over the batch or ``sum``), ``lease_steps``,
                 ``micro_batch_size`` (most examples a rank sees at a time),
                 ``table_optimizer`` (a :class:`~dist_dp.sharding.TableOptimizer`), ``look_ahead``,
@@ -215,6 +241,7 @@ class PrivacyEngine:
             ModelError: A layer has no clipping rule.
             BudgetError: The data set's budget does not allow the run.
         """
+        whose = _users(data_loader, max_records_per_user, users)
         plan = self._plan(
             data_loader,
             noise_multiplier,
@@ -225,10 +252,17 @@ class PrivacyEngine:
             expected_batch_size,
             clip_schedule,
             noise_multiplier_schedule,
+            max_records_per_user,
+            whose,
         )
         plan = self._with_grid(plan, module, optimizer, options)
         return self.make_private_from_plan(
-            plan, module=module, optimizer=optimizer, data_loader=data_loader, **options
+            plan,
+            module=module,
+            optimizer=optimizer,
+            data_loader=data_loader,
+            users=whose,
+            **options,
         )
 
     def _plan(
@@ -242,8 +276,10 @@ class PrivacyEngine:
         expected_batch_size: float | None,
         clip_schedule: ScheduleConfig | None,
         noise_multiplier_schedule: ScheduleConfig | None,
+        max_records_per_user: int | None,
+        users: UserRecords | None,
     ) -> PrivacyPlan:
-        records = len(as_source(data_loader))
+        units = len(as_source(data_loader)) if users is None else users.num_users
         size = expected_batch_size or getattr(data_loader, "batch_size", None)
         if size is None:
             raise ConfigError("expected_batch_size is missing: the data_loader has no batch_size")
@@ -253,10 +289,13 @@ class PrivacyEngine:
             mechanism=cast("MechanismName", self.mechanism_class.name),
             noise_multiplier=None if self.mechanism_class.name == "none" else noise_multiplier,
             max_grad_norm=max_grad_norm,
-            num_records=records,
+            unit="record" if users is None else "user",
+            num_records=units if users is None else None,
+            num_users=None if users is None else units,
+            max_records_per_user=max_records_per_user,
             expected_batch_size=size,
-            steps=steps if steps is not None else math.ceil((epochs or 0) * records / size),
-            delta=delta if delta is not None else 0.1 / max(1, records),
+            steps=steps if steps is not None else math.ceil((epochs or 0) * units / size),
+            delta=delta if delta is not None else 0.1 / max(1, units),
             noise_rounds=self.noise_rounds,
             clip_schedule=clip_schedule,
             noise_multiplier_schedule=noise_multiplier_schedule,
@@ -295,11 +334,12 @@ class PrivacyEngine:
         fingerprint: str | None = None,
         stop_at_budget: bool = False,
         look_ahead: bool | FeaturesOf = False,
+        users: Any = None,
     ) -> tuple[nn.Module, PrivateOptimizer, PoissonLoader]:
         """As :meth:`make_private`, from a plan made elsewhere (the trainer's way).
 
         Args:
-            plan: The plan; its ``num_records`` must be the data's.
+            plan: The plan; its number of records, or of users, must be the data's.
             module: See :meth:`make_private`.
             optimizer: See :meth:`make_private`.
             data_loader: See :meth:`make_private`.
@@ -318,14 +358,25 @@ class PrivacyEngine:
             look_ahead: Send and settle the next batch beside the dense part of this one; a function
                 says which features of a batch each collection gets. See
                 :mod:`dist_dp.look_ahead`.
+            users: With a plan for users, see :meth:`make_private`.
 
         Returns:
             The private model, optimizer and loader.
         """
         source = as_source(data_loader)
-        if len(source) != plan.num_records:
+        whose = _users(data_loader, plan.max_records_per_user, users)
+        units = len(source) if whose is None else whose.num_users
+        if units != plan.num_units:
             raise ConfigError(
-                f"the plan was made for {plan.num_records} records, the data has {len(source)}"
+                f"the plan was made for {plan.num_units} {plan.unit}s, the data has {units}"
+            )
+        most = plan.max_records_per_user or 1
+        self.records_per_unit = 1.0 if whose is None else whose.mean_records(most)
+        if micro_batch_size is not None and 1 <= micro_batch_size < most:
+            raise ConfigError(
+                f"micro_batch_size {micro_batch_size} is below max_records_per_user {most}: a "
+                "user's records are clipped together, so they come in one part; raise "
+                "micro_batch_size, or lower max_records_per_user"
             )
         settings = optimizer_settings(optimizer, table_optimizer, table_lr)
         self.mechanism_class.check_optimizer(settings.tables.kind)
@@ -348,6 +399,7 @@ class PrivacyEngine:
             timer=self.timer,
             # A resumed run was probed before; reading rows now would settle them at another step.
             probe_first_forward=self.resume_from is None,
+            records_per_unit=self.records_per_unit,
         )
         if self.mechanism_class.private:
             kernels.warn_if_slow(self._parts.device)
@@ -356,6 +408,10 @@ class PrivacyEngine:
         resumed_at = None
         if self.resume_from is not None:
             resumed_at = load_checkpoint(self, self.resume_from)
+        restarted = self.trail is not None and broadcast_object(self.trail.exists())
+        if self.trail is not None and rank() == 0 and not restarted:
+            # Before the account: an attempt that dies in between is known for one that began.
+            StepTrail(self.trail).close()
         self.accountant = open_account(
             self.accountant,
             self._ledger,
@@ -366,15 +422,24 @@ class PrivacyEngine:
             fingerprint=fingerprint,
             stop_at_budget=stop_at_budget,
             resumed_at=resumed_at,
+            restarted=restarted,
         )
+        done = resumed_at[0] if resumed_at else 0
+        leases = StepLeases(
+            self.accountant, self.run_id, plan.steps, lease_steps, done=done, trail=self.trail
+        )
+        if self.mechanism_class.private:
+            self._parts.optimizer.on_noised_sums = leases.confirm
         loader = PoissonLoader(
             source,
-            PoissonSampler(secret, plan.num_records, plan.sample_rate),
-            StepLeases(self.accountant, self.run_id, plan.steps, lease_steps),
+            PoissonSampler(secret, units, plan.sample_rate)
+            if whose is None
+            else UserSampler(secret, whose, plan.sample_rate, most),
+            leases,
             self._parts.state,
             plan.steps,
             self.timer,
-            resumed_at[0] if resumed_at else 0,
+            done,
             micro_batch_size,
         )
         self._loader = loader
@@ -402,7 +467,7 @@ class PrivacyEngine:
         events = self.charged_events()
         return self.parts.mechanism.schedule.step if events is None else sum(events.values())
 
-    def charged_events(self) -> dict[GaussianEvent, int] | None:
+    def charged_events(self) -> dict[PrivacyEvent, int] | None:
         """The steps of :meth:`steps_charged` by event; None with mechanism ``none``.
 
         Guarantee:
@@ -415,7 +480,7 @@ class PrivacyEngine:
         taken = plan.events(steps)
         if self.accountant is None or self.run_id is None or not plan.is_private:
             return taken
-        charged: dict[GaussianEvent, int] = self.accountant.run_charges(self.run_id)
+        charged: dict[PrivacyEvent, int] = self.accountant.run_charges(self.run_id)
         return {e: max(taken.get(e, 0), charged.get(e, 0)) for e in taken.keys() | charged.keys()}
 
     def release(
@@ -457,3 +522,15 @@ class PrivacyEngine:
         self._secret = broadcast_object(secret)
         assert self._secret is not None
         return self._secret
+
+
+def _users(data: Any, most: int | None, users: Any) -> UserRecords | None:
+    """Whose the records are; None where the unit of privacy is a record."""
+    if most is not None:
+        return users_of(data, users)
+    if users is not None:
+        raise ConfigError(
+            "users is given without max_records_per_user: give both to protect users, or neither "
+            "to protect records"
+        )
+    return None

@@ -14,11 +14,12 @@ import math
 from typing import Any
 
 from dist_dp.accountant import LocalAccountant
-from dist_dp.accounting import GaussianEvent, epsilon_of
+from dist_dp.accounting import epsilon_of
 from dist_dp.errors import BudgetError, LedgerError
+from dist_dp.events import PrivacyEvent
 from dist_dp.ledger_entry import Entry, Position
 from dist_dp.ledger_file import check_name, repeatable
-from dist_dp.ledger_leases import LeaseLedger
+from dist_dp.ledger_leases import LeaseLedger, lease_of
 from dist_dp.ledger_state import DatasetBudget, Lease, Reservation, Spend
 from dist_dp.step_costs import StepCosts
 
@@ -97,7 +98,7 @@ class Ledger(LeaseLedger):
                 run_id=run_id,
                 request_id=request_id,
                 details={
-                    "segments": None if costs is None else costs.to_json(),
+                    **({"segments": None} if costs is None else costs.to_json()),
                     "details": details,
                 },
             )
@@ -169,6 +170,42 @@ class Ledger(LeaseLedger):
                 delta = self._state.budget(run.dataset).delta
         return epsilon_of(charged, delta) if is_private else math.inf
 
+    def knows_run(self, run_id: str) -> bool:
+        """Return whether a run was ever opened."""
+        with self._transaction(write=False):
+            return run_id in self._state.runs
+
+    def run_status(self, run_id: str) -> str:
+        """Return `open`, or how a run ended.
+
+        Raises:
+            LedgerError: the run is unknown.
+        """
+        with self._transaction(write=False):
+            return self._state.run(run_id).status
+
+    def charged_to(self, run_id: str) -> int:
+        """Return the last step that a run is charged for by its latest lease, 0 if none.
+
+        Raises:
+            LedgerError: the run is unknown.
+        """
+        with self._transaction(write=False):
+            return self._state.run(run_id).charged_to
+
+    def open_leases(self, run_id: str) -> list[Lease]:
+        """Return the leases of a run that are not settled, in the order they were granted.
+
+        A run that goes on after a crash takes them over instead of charging their steps again.
+        """
+        with self._transaction(write=False) as tx:
+            found = (
+                tx.by_lease(lease_id, "steps_reserved")
+                for lease_id, lease in self._state.leases.items()
+                if lease.run_id == run_id
+            )
+            return [lease_of(entry) for entry in found if entry is not None]
+
     def run_steps(self, run_id: str) -> int:
         """Return how many steps are charged to a run; a lease that was never settled counts whole.
 
@@ -178,7 +215,7 @@ class Ledger(LeaseLedger):
         with self._transaction(write=False):
             return self._state.run(run_id).charged
 
-    def run_charges(self, run_id: str) -> dict[GaussianEvent, int]:
+    def run_charges(self, run_id: str) -> dict[PrivacyEvent, int]:
         """Return the steps charged to a run by event; without noise there are none.
 
         Raises:

@@ -5,8 +5,9 @@ from __future__ import annotations
 import math
 from collections.abc import Mapping
 
-from dist_dp.accounting import GaussianEvent, epsilon_of
+from dist_dp.accounting import epsilon_of
 from dist_dp.errors import BudgetError, LedgerError
+from dist_dp.events import PrivacyEvent
 from dist_dp.ledger_state import LedgerState
 from dist_dp.run_charges import Rounding, multiple_of, part_of_plan
 from dist_dp.step_costs import max_steps
@@ -33,9 +34,7 @@ def grant(state: LedgerState, run_id: str, first_step: int, steps: int) -> tuple
         return steps, math.inf, math.inf
     budget = state.budget(run.dataset)
 
-    def bounds(
-        extra: Mapping[GaussianEvent, int], rounding: Rounding | None
-    ) -> tuple[float, float]:
+    def bounds(extra: Mapping[PrivacyEvent, int], rounding: Rounding | None) -> tuple[float, float]:
         counts = state.counts(run.dataset, {run_id: extra}, rounding)
         alone = run.charge_with(extra, rounding)
         return epsilon_of(counts, budget.delta), epsilon_of(alone, budget.delta)

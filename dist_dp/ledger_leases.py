@@ -28,7 +28,7 @@ class LeaseLedger(DatasetLedger):
         The charge is durable when this returns and counts against the data set's budget over all
         its runs. What a step costs follows from its number (see `dist_dp.step_costs`): one that
         is reserved again (a replay after a crash) is charged again at what it costs, and one that
-        was not planned at what the dearest of the run costs. If only some of the steps fit, so
+        was not planned at no less than any that was. If only some of the steps fit, so
         many of the first ones are granted.
 
         Raises:
@@ -166,6 +166,11 @@ def _same_lease(entry: Entry, run_id: str, first_step: int, steps: int) -> Lease
             f"request {entry.request_id!r} was made before with other arguments: use a new "
             "request_id"
         )
+    return lease_of(entry)
+
+
+def lease_of(entry: Entry) -> Lease:
+    """Return the lease that an entry granted."""
     bounds = (entry.details["epsilon_after"], entry.details["run_epsilon"])
     total, alone = (math.inf if bound is None else float(bound) for bound in bounds)
     return Lease(

@@ -10,8 +10,8 @@ from collections.abc import Mapping
 from dataclasses import dataclass, field, replace
 from typing import Any
 
-from dist_dp.accounting import GaussianEvent
 from dist_dp.errors import BudgetError, ConfigError, LedgerError
+from dist_dp.events import GaussianEvent, PrivacyEvent
 from dist_dp.ledger_entry import Entry, EntryKind, LedgerDamageError
 from dist_dp.run_charges import Rounding, RunState
 from dist_dp.step_costs import StepCosts, sum_of
@@ -63,7 +63,7 @@ class Spend:
 
     epsilon: float
     delta: float
-    steps_by_event: dict[GaussianEvent, int]
+    steps_by_event: dict[PrivacyEvent, int]
     runs: tuple[str, ...]
     non_private_runs: tuple[str, ...]
     budget_epsilon: float
@@ -98,7 +98,7 @@ class DatasetState:
     budget: DatasetBudget | None = None
     run_ids: list[str] = field(default_factory=list)
     open_ids: dict[str, None] = field(default_factory=dict)
-    closed_total: dict[GaussianEvent, int] | None = None
+    closed_total: dict[PrivacyEvent, int] | None = None
 
 
 @dataclass
@@ -138,9 +138,9 @@ class LedgerState:
     def counts(
         self,
         dataset: str,
-        extra: Mapping[str, Mapping[GaussianEvent, int]] | None = None,
+        extra: Mapping[str, Mapping[PrivacyEvent, int]] | None = None,
         rounding: Rounding | None = None,
-    ) -> dict[GaussianEvent, int]:
+    ) -> dict[PrivacyEvent, int]:
         """Return the steps charged to a data set by event, plus ``extra`` ones by run.
 
         With ``rounding`` the charge of every open run is rounded up, event by event.
@@ -206,7 +206,9 @@ class LedgerState:
             item.open_ids[run_id] = None
         elif entry.kind == "steps_reserved":
             first, steps = _natural(entry.first_step), _natural(entry.steps)
-            self._changing(str(entry.run_id)).charge(first, steps)
+            run = self._changing(str(entry.run_id))
+            run.charge(first, steps)
+            run.spans[str(entry.lease_id)] = (first, first + steps - 1)
             self.leases[str(entry.lease_id)] = OpenLease(str(entry.run_id), first, steps)
         elif entry.kind == "steps_settled":
             lease = self.leases.pop(str(entry.lease_id))
@@ -214,7 +216,9 @@ class LedgerState:
             if used > lease.steps:
                 raise LedgerError(f"{used} steps used of {lease.steps} leased")
             # Steps begin in order, so those that never began are the lease's last.
-            self._changing(lease.run_id).give_back(lease.first_step + used, lease.steps - used)
+            run = self._changing(lease.run_id)
+            run.spans[str(entry.lease_id)] = (lease.first_step, lease.first_step + used - 1)
+            run.give_back(lease.first_step + used, lease.steps - used)
         elif entry.kind == "model_released":
             run = self.run(str(entry.run_id))
             run.released_step = max(run.released_step, _natural(entry.first_step))
@@ -248,4 +252,4 @@ def _costs(details: Mapping[str, Any]) -> StepCosts | None:
         if event is None:
             return None
         return StepCosts.constant(GaussianEvent(**event), int(details["planned_steps"]))
-    return None if details["segments"] is None else StepCosts.from_json(details["segments"])
+    return None if details["segments"] is None else StepCosts.from_json(details)

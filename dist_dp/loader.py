@@ -12,10 +12,11 @@ import numpy as np
 import numpy.typing as npt
 import torch
 
+from dist_dp.clipping.user_groups import UserGroups
 from dist_dp.distributed import rank, world_size
 from dist_dp.errors import ConfigError, DataError
 from dist_dp.leases import StepLeases
-from dist_dp.sampling import PoissonSampler
+from dist_dp.sampling import SamplePart
 from dist_dp.step_state import StepState
 from dist_dp.timing import PhaseTimer
 
@@ -30,6 +31,15 @@ class BatchSource(Protocol):
 
     def fetch(self, indices: Indices, padded_size: int) -> Any:
         """The records of ``indices``, then padding up to ``padded_size`` examples."""
+
+
+class StepSampler(Protocol):
+    """Draws a step's sample: :class:`~dist_dp.sampling.PoissonSampler` or ``UserSampler``."""
+
+    def parts(
+        self, step: int, rank: int, world_size: int, most: int | None = None
+    ) -> list[SamplePart]:
+        """This rank's part of the sample, cut into as many parts on every rank."""
 
 
 class StoreSource:
@@ -121,6 +131,7 @@ class _Part:
     is_last: bool
     num_real: int
     size: int
+    users: UserGroups | None
     batch: Any
 
 
@@ -135,9 +146,10 @@ class PoissonLoader:
     (``optimizer.is_accumulating`` is true before). A step costs the ledger the same either way.
 
     Guarantee:
-        Every record is in each batch independently with the plan's sample rate (Poisson), over
-        this rank's own range of records; ranks are independent, so it is Poisson overall. Empty
-        batches are steps like others: they are noised and charged.
+        Every unit (record or user) is in each batch independently with the plan's sample rate
+        (Poisson), over this rank's own range of units; ranks are independent, so it is Poisson
+        overall. The records of a user that is drawn come together, and the optimizer is told how
+        many each user has. Empty batches are steps like others: they are noised and charged.
 
     Args:
         source: The records.
@@ -153,7 +165,7 @@ class PoissonLoader:
     def __init__(
         self,
         source: BatchSource,
-        sampler: PoissonSampler,
+        sampler: StepSampler,
         leases: StepLeases,
         state: StepState,
         steps: int,
@@ -176,7 +188,7 @@ class PoissonLoader:
         self._micro_batch_size = micro_batch_size
         self._ahead: Future[_Part] | None = None
         # The sample of one step, for the thread that reads.
-        self._sample: tuple[int, Indices, int] = (0, np.empty(0, dtype=np.int64), 0)
+        self._sample: tuple[int, list[SamplePart]] = (0, [])
 
     def __len__(self) -> int:
         """Planned steps; micro-batches are not counted."""
@@ -199,20 +211,23 @@ class PoissonLoader:
         self._stopped = True
 
     def _read(self, step: int, number: int) -> _Part:
-        """One part of a step's batch; parts are of nearly equal size."""
+        """One part of a step's batch."""
         start = time.perf_counter()
         if self._sample[0] != step:
-            self._sample = (step, *self._sampler.local(step, rank(), world_size()))
-        _, indices, padded = self._sample
-        parts = 1 if self._micro_batch_size is None else -(-padded // self._micro_batch_size)
-        first, end = (padded * n // parts for n in (number, number + 1))
-        mine = indices[first:end]
+            limit = self._micro_batch_size
+            self._sample = (step, self._sampler.parts(step, rank(), world_size(), limit))
+        parts = self._sample[1]
+        mine = parts[number]
+        users = None
+        if mine.user_sizes is not None:
+            users = UserGroups(torch.from_numpy(mine.user_sizes), mine.padded_size)
         sampled = time.perf_counter()
-        batch = self.source.fetch(mine, end - first)
+        batch = self.source.fetch(mine.records, mine.padded_size)
         # In a thread of its own, beside the step before: not part of the critical path.
         self.timer.note("sampling", sampled - start)
         self.timer.note("fetch", time.perf_counter() - sampled)
-        return _Part(number, number == parts - 1, len(mine), end - first, batch)
+        is_last = number == len(parts) - 1
+        return _Part(number, is_last, len(mine.records), mine.padded_size, users, batch)
 
     def __iter__(self) -> Iterator[Any]:
         """Yields the batches of the steps that are left."""
@@ -233,7 +248,12 @@ class PoissonLoader:
                         more = following[0] <= self.steps
                         self._ahead = pool.submit(self._read, *following) if more else None
                     self._state.begin(
-                        step, part.num_real, part.size, part=number, is_last=part.is_last
+                        step,
+                        part.num_real,
+                        part.size,
+                        part=number,
+                        is_last=part.is_last,
+                        users=part.users,
                     )
                     self._done = step
                     yield part.batch

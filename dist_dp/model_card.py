@@ -27,14 +27,16 @@ def model_card(privacy: dict[str, Any], name: str, facts: dict[str, Any]) -> str
             f"| ε | {privacy['epsilon']:.4f} |" if privacy["epsilon"] is not None else "| ε | ∞ |",
             f"| δ | {plan['delta']:g} |" if plan["delta"] is not None else "| δ | not set |",
             f"| unit of privacy | one {plan['unit']} |",
+            *_users(plan),
             "| neighbouring relation | data sets that differ by adding or removing one "
             f"{plan['unit']} |",
             f"| mechanism | {plan['mechanism']} |",
             f"| noise multiplier σ | {_noise(privacy)} |",
-            f"| clip norm C | {plan['max_grad_norm']:g}, over all tables and layers together |",
+            f"| clip norm C | {plan['max_grad_norm']:g} for each {plan['unit']}, over all tables "
+            "and layers together |",
             f"| noise grid | {_grid(plan)} |",
-            f"| sampling | {plan['sampling']}, rate "
-            f"{plan['expected_batch_size'] / plan['num_records']:.6g} |",
+            f"| sampling | {plan['sampling']}, of {plan['unit']}s, rate "
+            f"{plan['expected_batch_size'] / _units(plan):.6g} |",
             f"| steps | {privacy['steps']} of {plan['steps']} planned, "
             f"{privacy['steps_charged']} charged |",
             f"| accountant | {plan['accountant'].upper()} (dp_accounting) |",
@@ -59,6 +61,19 @@ def model_card(privacy: dict[str, Any], name: str, facts: dict[str, Any]) -> str
         "",
     ]
     return "\n".join(lines)
+
+
+def _units(plan: dict[str, Any]) -> int:
+    return int(plan["num_users"] if plan["unit"] == "user" else plan["num_records"])
+
+
+def _users(plan: dict[str, Any]) -> list[str]:
+    if plan["unit"] != "user":
+        return []
+    return [
+        f"| users | {plan['num_users']:,} |",
+        f"| records of a user in a step | at most {plan['max_records_per_user']:,} |",
+    ]
 
 
 def _noise(privacy: dict[str, Any]) -> str:

@@ -11,6 +11,7 @@ from torch import Tensor, nn
 
 from dist_dp import kernels
 from dist_dp.clipping.recorder import DenseRecorder, DenseSums
+from dist_dp.clipping.user_groups import UserGroups
 from dist_dp.cut import CutEmbeddings
 from dist_dp.distributed import all_reduce_sum
 from dist_dp.errors import ConfigError, DistDpError, ModelError
@@ -34,7 +35,8 @@ class StepStats:
     """What one step looked like on this rank. Not private: computed before any noise.
 
     Attributes:
-        norms: float ``[real examples on this rank]``, gradient norms before clipping.
+        norms: float ``[units on this rank]``, gradient norms before clipping: of each real example,
+            or of each user.
         clipped: How many of them were above the clip norm.
         signal_to_noise: ‖clipped sum of dense gradients‖ / (σ C √parameters), all ranks; nan
             without noise.
@@ -53,11 +55,12 @@ class PrivateOptimizer(torch.optim.Optimizer):
     schedules use), the rest are the dense optimizer's, so PyTorch's learning-rate schedulers work.
 
     Guarantee:
-        Per-example gradients over *all* trained parameters together are scaled to an l2 norm of
-        at most the step's clip norm C and summed, so one record more or less moves the sum by at
-        most C (add-or-remove-one); noise of standard deviation σC, with the step's noise multiplier
-        σ, is added to every coordinate of the sum, dense layers here and tables by the mechanism;
-        the result is divided by the *expected* batch size, since the actual one is private.
+        The gradient of each unit (a record, or a user with all its records in the step), over *all*
+        trained parameters together, is scaled to an l2 norm of at most the step's clip norm C and
+        summed, so one unit more or less moves the sum by at most C (add-or-remove-one); noise of
+        standard deviation σC, with the step's noise multiplier σ, is added to every coordinate of
+        the sum, dense layers here and tables by the mechanism; the result is divided by the
+        *expected* number of units, since the actual one is private.
         Padding examples count zero. Assumes that the model treats examples one by one (see
         :func:`dist_dp.probe.check_outputs_independent`) and a secret noise key.
 
@@ -125,6 +128,8 @@ class PrivateOptimizer(torch.optim.Optimizer):
         self._recorded: list[tuple[float, float]] | None = None
         # Called at the end of a step's update: what runs beside it must be over by then.
         self.before_step_ends: list[Callable[[], None]] = []
+        # Called with each step's number and its dense sums, noised; see `dist_dp.trail`.
+        self.on_noised_sums: Callable[[int, Tensor], None] | None = None
         self._state = state
         self._norms: list[Tensor] = []
         for cut in cuts:
@@ -210,15 +215,16 @@ class PrivateOptimizer(torch.optim.Optimizer):
         part = self._state.part
         device = self.device
         is_real = is_real.to(device)
+        users = self._users_in_flight(device)
         with self.timer.phase("clip"):
-            norms, coefficients = self._coefficients(is_real)
+            norms, coefficients = self._coefficients(is_real, users)
             sums = self._sums
             if part == 0:
                 sums.empty()
                 self._norms.clear()
             sums.faults += (~torch.isfinite(norms)).sum()
             self.recorder.add_clipped_sums(coefficients, sums)
-            self._norms.append(norms[is_real])
+            self._norms.append(norms[is_real] if users is None else norms[: users.num_users])
         per_example = coefficients / self.plan.expected_batch_size
         if self.is_accumulating:
             with self.timer.phase("clip"):
@@ -233,6 +239,8 @@ class PrivateOptimizer(torch.optim.Optimizer):
         step = self.step_in_flight
         with self.timer.phase("noise"):
             signal_to_noise = self._noise_dense(sums, step)
+            if self.on_noised_sums is not None:
+                self.on_noised_sums(step, sums.flat)
         # The noise is owed before the first gradient is in: should the update fail half-way, a
         # release still settles it.
         self.record_step()
@@ -337,29 +345,62 @@ class PrivateOptimizer(torch.optim.Optimizer):
             else (self.recorder._anchor.device)
         )
 
-    def _coefficients(self, is_real: Tensor) -> tuple[Tensor, Tensor]:
-        """Norms and clip factors, float ``[batch]`` each; both zero for padding."""
+    def _users_in_flight(self, device: torch.device) -> UserGroups | None:
+        """Whose the examples in flight are; None where the unit of privacy is a record."""
+        users = self._state.users
+        if (users is not None) != (self.plan.unit == "user"):
+            raise DistDpError(
+                f"the plan protects one {self.plan.unit}, but the batch of step {self._state.step} "
+                f"{'does not say' if users is None else 'says'} whose its records are: draw it "
+                "from the private loader that make_private returned with this optimizer"
+            )
+        return None if users is None else users.to(device)
+
+    def _coefficients(self, is_real: Tensor, users: UserGroups | None) -> tuple[Tensor, Tensor]:
+        """Norms, float ``[units]``, and the clip factor of each example, float ``[batch]``.
+
+        Padding counts as units of one example; their factor is zero.
+
+        Guarantee:
+            A unit's gradient is that of all its examples in the step, and they have one factor.
+        """
         batch = is_real.numel()
         # A mean over the padded batch scaled every gradient by 1/batch.
         unscale = float(batch) if self.loss_reduction == "mean" else 1.0
         mask = is_real.to(torch.float32)
         if not self.mechanism.private:
             return mask, mask * unscale
+        limit = self.plan.max_grad_norm_at(self.step_in_flight) * ROUNDING_MARGIN
+        if users is None or users.one_each:
+            norms = self._squared_norms(batch).sqrt() * unscale * mask
+        else:
+            norms = self._squared_norms_of_users(users).sqrt() * unscale
+        factors = (limit / norms.clamp_min(limit)).clamp_max(1.0)
+        if users is not None:
+            factors = users.spread(factors)
+        return norms, factors * mask * unscale
+
+    def _squared_norms(self, batch: int) -> Tensor:
+        """Of each example's gradient, float ``[batch]``."""
         squared = torch.zeros(batch, device=self.device)
         for cut in self.cuts:
             squared += cut.squared_norms(batch, squared.device)
         # Last, for what the norms read is in the cache when the sums read it, the other way round.
-        squared += self.recorder.squared_norms(batch)
-        norms = squared.sqrt() * unscale * mask
-        limit = self.plan.max_grad_norm_at(self.step_in_flight) * ROUNDING_MARGIN
-        factors = (limit / norms.clamp_min(limit)).clamp_max(1.0)
-        return norms, factors * mask * unscale
+        return squared.add_(self.recorder.squared_norms(batch))
+
+    def _squared_norms_of_users(self, users: UserGroups) -> Tensor:
+        """Of each user's gradient, float ``[units]``."""
+        squared = torch.zeros(users.num_units, device=self.device)
+        for cut in self.cuts:
+            squared += cut.squared_norms_of_users(users, squared.device)
+        return squared.add_(self.recorder.squared_norms_of_users(users))
 
     def _refuse_faults(self, sums: DenseSums) -> None:
         """Refuses gradients that are not finite: on every rank, so that none waits for another."""
         if self.mechanism.private and bool(sums.faults > 0):
+            one = "a user" if self.plan.unit == "user" else "an example"
             raise ModelError(
-                f"step {self.step_in_flight}: the gradient of an example is not finite "
+                f"step {self.step_in_flight}: the gradient of {one} is not finite "
                 f"({int(sums.faults)} in all). The training diverged (lower the learning rate) or "
                 "the features hold huge values."
             )

@@ -13,9 +13,10 @@ from typing import ClassVar, Literal, Self
 
 from pydantic import Field, field_validator, model_validator
 
-from dist_dp.accounting import GaussianEvent, epsilon_of
+from dist_dp.accounting import epsilon_of
 from dist_dp.calibration import calibrate_noise_multiplier
 from dist_dp.errors import ConfigError
+from dist_dp.events import GaussianEvent, PrivacyEvent
 from dist_dp.noise_grid import (
     check_spacing,
     dense_spacing,
@@ -40,24 +41,28 @@ class PrivacyPlan(PlainModel):
             same distribution, drawn when a row is read).
         noise_multiplier: noise standard deviation over `max_grad_norm`, the largest of any step;
             left out until `calibrate` finds it.
-        max_grad_norm: bound C on the Euclidean norm of one record's gradient, over all layers and
-            tables together.
+        max_grad_norm: bound C on the Euclidean norm of one unit's gradient, over all layers and
+            tables together: a record's, or the sum over a user's records in a step.
         clip_schedule: factor of `max_grad_norm` by step, a schedule with base 1; the same at every
             step by default. Noise follows the bound, so a step costs the same privacy at any.
         noise_multiplier_schedule: factor of `noise_multiplier` by step, a schedule with base 1,
             rounded up to 16 levels (see `dist_dp.noise_levels`); the same at every step by
             default. A step with less noise costs more privacy.
-        num_records: records in the training data; treated as public.
-        expected_batch_size: mean number of records a step draws (may be fractional). The sum of
+        num_records: records in the training data, where the unit is a record; treated as public.
+        num_users: users in the training data, where the unit is a user; treated as public, and
+            then the number of records is not in the plan.
+        max_records_per_user: most records of a user in a step, where the unit is a user; those of
+            a user with more take turns at random.
+        expected_batch_size: mean number of units a step draws (may be fractional). The sum of
             clipped gradients is divided by this, never by the size drawn.
         steps: number of steps the run is to take.
-        delta: δ of the guarantee; must be below 1 / `num_records`.
+        delta: δ of the guarantee; must be below 1 / `num_units`.
         target_epsilon: ε the noise was calibrated to, kept for the record.
-        unit: what the guarantee protects; one record.
+        unit: what the guarantee protects: one `record`, or one `user` with all its records.
         neighbouring_relation: data sets that differ by adding or removing one such unit.
-        sampling: each record is drawn independently in each step.
+        sampling: each unit is drawn independently in each step.
         accountant: `pld` (tight) or `rdp` (for comparison).
-        allow_large_delta: accept δ ≥ 1 / `num_records` all the same.
+        allow_large_delta: accept δ ≥ 1 / `num_units` all the same.
         noise_grid: spacing of the grid that noised table rows are put on, a power of two; None
             for none. See `dist_dp.noise_grid`.
         noise_rounds: ChaCha rounds of the noise: 20 or 12.
@@ -77,12 +82,14 @@ class PrivacyPlan(PlainModel):
     mechanism: Mechanism = "lazydp"
     noise_multiplier: float | None = Field(default=None, ge=0)
     max_grad_norm: float = Field(gt=0)
-    num_records: int = Field(ge=1)
+    num_records: int | None = Field(default=None, ge=1)
+    num_users: int | None = Field(default=None, ge=1)
+    max_records_per_user: int | None = Field(default=None, ge=1)
     expected_batch_size: float = Field(gt=0)
     steps: int = Field(ge=1)
     delta: float | None = Field(default=None, gt=0, lt=1)
     target_epsilon: float | None = Field(default=None, gt=0)
-    unit: Literal["record"] = "record"
+    unit: Literal["record", "user"] = "record"
     neighbouring_relation: Literal["add_or_remove_one"] = "add_or_remove_one"
     sampling: Literal["poisson"] = "poisson"
     accountant: Literal["pld", "rdp"] = "pld"
@@ -93,8 +100,8 @@ class PrivacyPlan(PlainModel):
     noise_multiplier_schedule: ScheduleConfig | None = None
 
     @field_validator(
-        "noise_multiplier", "max_grad_norm", "num_records", "expected_batch_size", "steps",
-        "delta", "target_epsilon", mode="before",
+        "noise_multiplier", "max_grad_norm", "num_records", "num_users", "max_records_per_user",
+        "expected_batch_size", "steps", "delta", "target_epsilon", mode="before",
     )  # fmt: skip
     @classmethod
     def _no_truth_values(cls, value: object) -> object:
@@ -115,8 +122,15 @@ class PrivacyPlan(PlainModel):
 
     @property
     def sample_rate(self) -> float:
-        """Probability that a given record takes part in a given step."""
-        return self.expected_batch_size / self.num_records
+        """Probability that a given unit takes part in a given step."""
+        return self.expected_batch_size / self.num_units
+
+    @property
+    def num_units(self) -> int:
+        """Units of privacy in the training data: records, or users."""
+        count = self.num_users if self.unit == "user" else self.num_records
+        assert count is not None  # check_agreement saw to it
+        return count
 
     @property
     def is_private(self) -> bool:
@@ -160,7 +174,7 @@ class PrivacyPlan(PlainModel):
         """
         if step < 1:
             raise ValueError(f"step: {step} given; the first step is 1")
-        return 0.0 if self.mechanism == "none" else self.step_costs().at(step).noise_multiplier
+        return 0.0 if self.mechanism == "none" else self.event_at(step).noise_multiplier
 
     def noise_multiplier_range(self) -> tuple[float, float]:
         """The least and the greatest noise multiplier of any step; zeros with mechanism `none`.
@@ -170,7 +184,9 @@ class PrivacyPlan(PlainModel):
         """
         if self.mechanism == "none":
             return 0.0, 0.0
-        multipliers = [event.noise_multiplier for event in self.events()]
+        multipliers = [
+            event.noise_multiplier for event in self.events() if isinstance(event, GaussianEvent)
+        ]
         return min(multipliers), max(multipliers)
 
     def noise_on_sum_at(self, step: int) -> float:
@@ -266,13 +282,15 @@ class PrivacyPlan(PlainModel):
 
     def event_at(self, step: int) -> GaussianEvent:
         """Return what a step costs; see `step_costs` for errors."""
-        return self.step_costs().at(step)
+        event = self.step_costs().at(step)
+        assert isinstance(event, GaussianEvent)
+        return event
 
-    def events(self, steps: int | None = None) -> dict[GaussianEvent, int]:
+    def events(self, steps: int | None = None) -> dict[PrivacyEvent, int]:
         """Return what the first ``steps`` steps (all by default) cost; see `step_costs`."""
         return self.step_costs().between(1, self.steps if steps is None else steps)
 
-    def epsilon(self, charged: Mapping[GaussianEvent, int] | None = None) -> float:
+    def epsilon(self, charged: Mapping[PrivacyEvent, int] | None = None) -> float:
         """Return ε at the plan's δ.
 
         Args:
@@ -289,9 +307,9 @@ class PrivacyPlan(PlainModel):
             return math.inf
         events = self.events() if charged is None else charged
         if self.delta is None:
-            raise ConfigError("delta is not set: give delta (below 1/num_records)")
+            raise ConfigError(f"delta is not set: give delta (below 1/num_{self.unit}s)")
         return epsilon_of(events, self.delta, accountant=self.accountant)
 
-    def statement(self, charged: Mapping[GaussianEvent, int] | None = None) -> str:
+    def statement(self, charged: Mapping[PrivacyEvent, int] | None = None) -> str:
         """Return the guarantee in plain English, for cards and reports; see `epsilon`."""
         return statement_of(self, charged)

@@ -18,10 +18,11 @@ def check_agreement(plan: PrivacyPlan) -> None:
     Raises:
         ConfigError: two contradict each other; the message names both and the remedy.
     """
-    if plan.expected_batch_size > plan.num_records:
+    _check_unit(plan)
+    if plan.expected_batch_size > plan.num_units:
         raise ConfigError(
-            f"expected_batch_size {plan.expected_batch_size:g} is larger than num_records "
-            f"{plan.num_records}: lower expected_batch_size"
+            f"expected_batch_size {plan.expected_batch_size:g} is larger than num_{plan.unit}s "
+            f"{plan.num_units}: lower expected_batch_size"
         )
     if plan.noise_grid is not None and not plan.is_private:
         raise ConfigError(
@@ -41,6 +42,27 @@ def check_agreement(plan: PrivacyPlan) -> None:
         _check_clip_schedule(plan, plan.clip_schedule)
     if plan.noise_multiplier_schedule is not None:
         _check_noise_multiplier_schedule(plan, plan.noise_multiplier_schedule)
+
+
+def _check_unit(plan: PrivacyPlan) -> None:
+    """One unit has the settings of that unit, and none of the other's.
+
+    The number of records is no part of a plan for users: a plan is published, and one user may
+    change that number by any amount.
+    """
+    needed: tuple[str, ...] = ("num_records",)
+    odd: tuple[str, ...] = ("num_users", "max_records_per_user")
+    if plan.unit == "user":
+        needed, odd = odd, needed
+    for key in needed:
+        if getattr(plan, key) is None:
+            raise ConfigError(f"{key} is missing: the unit of privacy is one {plan.unit}; give it")
+    for key in odd:
+        if getattr(plan, key) is not None:
+            raise ConfigError(
+                f"{key} {getattr(plan, key)} is set, but the unit of privacy is one {plan.unit}: "
+                f"leave out {key}, or change the unit"
+            )
 
 
 def _check_clip_schedule(plan: PrivacyPlan, schedule: ScheduleConfig) -> None:
@@ -87,14 +109,15 @@ def _check_noise_multiplier_schedule(plan: PrivacyPlan, schedule: ScheduleConfig
 
 
 def check_delta_of(plan: PrivacyPlan, delta: float) -> None:
-    """Refuse a δ at which publishing one whole record would pass.
+    """Refuse a δ at which publishing one whole unit would pass.
 
     Raises:
         ConfigError: with the δ that would do.
     """
-    if delta * plan.num_records >= 1 and not plan.allow_large_delta:
+    if delta * plan.num_units >= 1 and not plan.allow_large_delta:
+        what = "all records of one user" if plan.unit == "user" else "one whole record"
         raise ConfigError(
-            f"delta {delta:g} is not below 1/num_records = {1 / plan.num_records:.3g}: a "
-            "mechanism that publishes one whole record would pass; lower delta, or set "
+            f"delta {delta:g} is not below 1/num_{plan.unit}s = {1 / plan.num_units:.3g}: a "
+            f"mechanism that publishes {what} would pass; lower delta, or set "
             "allow_large_delta (--force-delta) if you mean it"
         )

@@ -124,6 +124,7 @@ def build_private_model(
     device: torch.device | None = None,
     timer: PhaseTimer | None = None,
     probe_first_forward: bool = True,
+    records_per_unit: float = 1.0,
 ) -> PrivateModel:
     """Shards a model, cuts it at its tables and gives it a private optimizer.
 
@@ -141,6 +142,7 @@ def build_private_model(
         timer: Where to note the time of phases.
         probe_first_forward: Check on the first training batch that the model's output for one
             example does not depend on the others.
+        records_per_unit: Mean records of a unit in a step, for TorchRec's planner.
 
     Returns:
         The private model, in training mode.
@@ -154,13 +156,16 @@ def build_private_model(
     groups = settings.table_groups(model)
     timer = timer or PhaseTimer(device)
     # A layer without a rule should be an error before anything is sharded.
-    DenseRecorder(model, skip=tuple(embedding_collections(model).values())).detach()
+    rules = DenseRecorder(model, skip=tuple(embedding_collections(model).values()))
+    rules.detach()
+    if plan.unit == "user" and mechanism_kind.private:
+        rules.check_rules_take_users()
     cuts = shard_model(
         model,
         sharding,
         optimizer=settings.tables,
         secret=secret,
-        batch_size=math.ceil(plan.expected_batch_size / world_size()),
+        batch_size=math.ceil(plan.expected_batch_size * records_per_unit / world_size()),
         device=device,
     )
     recorder = DenseRecorder(model, skip=tuple(cuts))

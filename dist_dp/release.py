@@ -30,8 +30,8 @@ from dist_dp.release_progress import Report
 from dist_dp.release_tables import write_tables
 
 if TYPE_CHECKING:
-    from dist_dp.accounting import GaussianEvent
     from dist_dp.engine import PrivacyEngine
+    from dist_dp.events import PrivacyEvent
     from dist_dp.private_model import PrivateModel
 
 FORMAT = "dist-dp-release"
@@ -83,6 +83,7 @@ def write_release(
     )
     partial = files.partial_folder(destination)
     written: dict[str, FileFacts] = {}
+    recorded = False
     try:
         all_together(parts.state.check_nothing_failed, ReleaseError, "check the last step")
         all_together(parts.check_mechanism, ReleaseError, "check the mechanism")
@@ -96,6 +97,7 @@ def write_release(
             written.update(of_a_rank)
 
         def finish() -> None:
+            nonlocal recorded
             if rank() == 0:
                 privacy = _privacy(engine)
                 card = model_card(privacy, destination.name, facts or {})
@@ -108,13 +110,17 @@ def write_release(
                 manifest = _manifest(parts, privacy, written, model_info)
                 files.make_ready(destination, json.dumps(manifest, indent=2).encode())
                 # Before the release can be seen, so that no resumed run draws other noise for it.
+                recorded = True
                 if engine.accountant is not None:
                     engine.accountant.record_release(engine.run_id, parts.mechanism.schedule.step)
                 files.publish(destination)
 
         all_together(finish, ReleaseError, "finish the release")
     except BaseException:
-        files.discard(destination)
+        # Not by a rank that lost rank 0: the ledger may hold the release, which
+        # `publish_recorded` then looks for. What stays is removed by the next release.
+        if rank() == 0 and not recorded:
+            files.discard(destination)
         raise
     return destination
 
@@ -208,7 +214,7 @@ def _manifest(
     }
 
 
-def privacy_statement(engine: PrivacyEngine, charged: Mapping[GaussianEvent, int] | None) -> str:
+def privacy_statement(engine: PrivacyEngine, charged: Mapping[PrivacyEvent, int] | None) -> str:
     """The plan's statement for the steps charged, or what takes its place with a given secret."""
     if engine.secret_is_given and engine.parts.plan.is_private:
         return (

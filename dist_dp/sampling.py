@@ -9,6 +9,8 @@ from __future__ import annotations
 
 import math
 import operator
+from dataclasses import dataclass
+from itertools import pairwise
 
 import numpy as np
 from numpy.typing import NDArray
@@ -18,6 +20,22 @@ from dist_dp.kernels import derive_key, uniforms
 from dist_dp.kernels.portable import log, log_complement
 
 Int64Array = NDArray[np.int64]
+
+
+@dataclass(frozen=True)
+class SamplePart:
+    """What a rank reads of a step's sample, at once or as one micro-batch of several.
+
+    Attributes:
+        records: global record numbers, int64 [records]; may be empty.
+        padded_size: the size to which every rank pads this part, at least 1.
+        user_sizes: how many of the records, in their order, belong to each user, int64 [users];
+            None where records are drawn, and not users.
+    """
+
+    records: Int64Array
+    padded_size: int
+    user_sizes: Int64Array | None = None
 
 
 class PoissonSampler:
@@ -117,3 +135,22 @@ class PoissonSampler:
         cuts = np.searchsorted(records, bounds)
         padded_size = max(1, int(np.diff(cuts).max()))
         return records[cuts[rank] : cuts[rank + 1]], padded_size
+
+    def parts(
+        self, step: int, rank: int, world_size: int, most: int | None = None
+    ) -> list[SamplePart]:
+        """A rank's part of a step's sample, in parts of nearly equal size.
+
+        Args:
+            step: the step.
+            rank: in [0, world_size).
+            world_size: number of ranks.
+            most: records of a rank in a part, padding counted; None for one part.
+
+        Returns:
+            As many parts on every rank, of the same padded sizes.
+        """
+        records, padded = self.local(step, rank, world_size)
+        count = 1 if most is None else -(-padded // most)
+        cuts = [padded * n // count for n in range(count + 1)]
+        return [SamplePart(records[a:b], b - a) for a, b in pairwise(cuts)]

@@ -7,7 +7,7 @@ from collections.abc import Mapping
 from decimal import ROUND_CEILING, Decimal
 from typing import TYPE_CHECKING
 
-from dist_dp.accounting import GaussianEvent
+from dist_dp.events import PrivacyEvent
 from dist_dp.noise_grid import spacing_text
 
 if TYPE_CHECKING:
@@ -20,14 +20,19 @@ NOT_COVERED: tuple[str, ...] = (
     "are computed from the records without noise (metrics on held-out records likewise)",
     "the choice of hyper-parameters by looking at several runs on the same records, beyond what "
     "the ledger charges for those runs",
-    "a person who stands behind several records: the unit is one record",
-    "the number of records, treated as public",
 )
 """What no plan's guarantee covers; `not_covered` adds what depends on the plan."""
 
 
 def not_covered(plan: PrivacyPlan) -> tuple[str, ...]:
     """What a plan's guarantee says nothing about, one phrase each, for cards and reports."""
+    person = (
+        "a person who stands behind several user keys: the unit is one user, all records with one "
+        "key"
+        if plan.unit == "user"
+        else "a person who stands behind several records: the unit is one record"
+    )
+    number = f"the number of {plan.unit}s, treated as public"
     bits = "attacks on the low-order bits of floating-point noise"
     if plan.noise_grid is not None:
         bits = (
@@ -35,10 +40,10 @@ def not_covered(plan: PrivacyPlan) -> tuple[str, ...]:
             f"grids, table weights on that of {spacing_text(plan.noise_grid)}), and attacks on "
             "timing"
         )
-    return (*NOT_COVERED, bits)
+    return (*NOT_COVERED, person, number, bits)
 
 
-def statement_of(plan: PrivacyPlan, charged: Mapping[GaussianEvent, int] | None = None) -> str:
+def statement_of(plan: PrivacyPlan, charged: Mapping[PrivacyEvent, int] | None = None) -> str:
     """Write the guarantee for cards and reports.
 
     Args:
@@ -52,28 +57,39 @@ def statement_of(plan: PrivacyPlan, charged: Mapping[GaussianEvent, int] | None 
     if math.isinf(epsilon):
         reason = "mechanism 'none'" if plan.mechanism == "none" else "no noise was added"
         return (
-            f"This model is not private: it was trained on {plan.num_records:,} records with "
-            f"no privacy guarantee ({reason}). It may reveal any of them."
+            f"This model is not private: it was trained on {plan.num_units:,} {plan.unit}s "
+            f"with no privacy guarantee ({reason}). It may reveal any of them."
         )
     steps = sum((plan.events() if charged is None else charged).values())
     falling = "" if plan.clip_schedule is None else " at most, by a schedule fixed in advance,"
+    user = plan.unit == "user"
     return (
         f"This model is (ε, δ)-differentially private with ε = {_round_up(epsilon)} and "
-        f"δ = {plan.delta:g}. The unit of privacy is one {plan.unit} of the training data, "
+        f"δ = {plan.delta:g}. The unit of privacy is one {plan.unit} of the training data"
+        f"{', with all records that have its key' if user else ''}, "
         "and the guarantee compares data sets that differ by adding or removing one such "
         f"{plan.unit}. It comes from {steps:,} steps, each on a Poisson sample that draws "
-        f"every record independently with probability {plan.sample_rate:.4g} "
-        f"({plan.expected_batch_size:g} of {plan.num_records:,} records expected), with "
-        f"gradients clipped to norm {plan.max_grad_norm:g}{falling} and a noise multiplier of "
+        f"every {plan.unit} independently with probability {plan.sample_rate:.4g} "
+        f"({plan.expected_batch_size:g} of {plan.num_units:,} {plan.unit}s "
+        f"expected){_records(plan)}, "
+        f"with gradients{' of users' if user else ''} "
+        f"clipped to norm {plan.max_grad_norm:g}{falling} and a noise multiplier of "
         f"{_noise(plan)}, accounted by {plan.accountant.upper()}. "
         "It covers the released model and anything computed from it, as long as the run's "
         f"noise key stays secret and ChaCha{plan.noise_rounds} is a pseudorandom function. It "
         "does not cover someone who watches the memory of the training machines or which table "
         f"rows are touched; {not_covered(plan)[-1]}; training metrics "
         "computed without noise; the choice of hyper-parameters by comparing several runs on "
-        "the same data; or a person who stands behind several records beyond what a guarantee "
-        "for each record implies. The number of records is treated as public."
+        f"the same data; or a person who stands behind several "
+        f"{'user keys' if user else 'records'} beyond what a guarantee "
+        f"for each {plan.unit} implies. The number of {plan.unit}s is treated as public."
     )
+
+
+def _records(plan: PrivacyPlan) -> str:
+    if plan.unit == "record":
+        return ""
+    return f" with at most {plan.max_records_per_user:,} of its records"
 
 
 def _noise(plan: PrivacyPlan) -> str:

@@ -7,41 +7,42 @@ it and the numbers of the steps charged.
 from __future__ import annotations
 
 from bisect import bisect_right
+from collections import Counter
 from collections.abc import Mapping
 from dataclasses import dataclass
 from functools import cached_property
 from itertools import accumulate
 from typing import Any
 
-from dist_dp.accounting import AccountantKind, GaussianEvent, epsilon_of
+from dist_dp.accounting import AccountantKind, epsilon_of
 from dist_dp.errors import ConfigError
+from dist_dp.events import GaussianEvent, PrivacyEvent, event_from_json, event_to_json
 
 
 @dataclass(frozen=True)
 class StepCosts:
     """The event of every step of a run.
 
-    Steps are numbered from 1. A step that is not planned (0, or one after the last) has the
-    dearest event of the run.
+    Steps are numbered from 1. Step 0 is what a run does once before them: it has the events of
+    ``setup``. Any other step that is not planned (one after the last, or 0 without a setup) costs
+    as much as any planned one does: where all are Gaussian with one sample rate, the one with the
+    least noise, else one of each together.
 
     Args:
-        segments: (event, number of steps in a row that have it), from the first step on. All
-            events have one sample rate, so the one with the least noise is the dearest.
+        segments: (event, number of steps in a row that have it), from the first step on.
+        setup: events of step 0, such as a private selection of rows.
 
     Raises:
-        ConfigError: there is no segment, one has no steps, or sample rates differ.
+        ConfigError: there is no step at all, or a segment has none.
     """
 
-    segments: tuple[tuple[GaussianEvent, int], ...]
+    segments: tuple[tuple[PrivacyEvent, int], ...]
+    setup: tuple[PrivacyEvent, ...] = ()
 
     def __post_init__(self) -> None:
         """Check the segments."""
-        rates = {event.sample_rate for event, _ in self.segments}
-        if len(rates) != 1:
-            raise ConfigError(
-                f"the events of a run have {len(rates)} sample rates {sorted(rates)}: give one "
-                "segment or more, all with the same sample rate"
-            )
+        if not self.segments and not self.setup:
+            raise ConfigError("a run without steps costs nothing: give one segment or more")
         for event, steps in self.segments:
             if isinstance(steps, bool) or not isinstance(steps, int) or steps < 1:
                 raise ConfigError(
@@ -49,38 +50,44 @@ class StepCosts:
                 )
 
     @classmethod
-    def constant(cls, event: GaussianEvent, steps: int) -> StepCosts:
+    def constant(cls, event: PrivacyEvent, steps: int) -> StepCosts:
         """Return the costs of a run whose steps all have one event."""
         return cls(((event, steps),))
 
     @cached_property
     def planned_steps(self) -> int:
         """The number of steps planned, over all segments."""
-        return self._ends[-1]
+        return self._ends[-1] if self._ends else 0
 
     @cached_property
-    def dearest(self) -> GaussianEvent:
-        """The event that costs most: that with the least noise."""
-        return min(event for event, _ in self.segments)
+    def unplanned(self) -> Mapping[PrivacyEvent, int]:
+        """What a step costs that is not planned: at least as much as any planned one."""
+        events = {event for event, _ in self.segments} or set(self.setup)
+        gaussian = [event for event in events if isinstance(event, GaussianEvent)]
+        if len(gaussian) == len(events) and len({e.sample_rate for e in gaussian}) == 1:
+            return {min(gaussian): 1}
+        return dict.fromkeys(events, 1)
 
     @cached_property
-    def planned(self) -> Mapping[GaussianEvent, int]:
-        """The planned steps by event."""
-        return self.between(1, self.planned_steps)
+    def planned(self) -> Mapping[PrivacyEvent, int]:
+        """All that is planned, the setup too, by event."""
+        return sum_of(Counter(self.setup), self.between(1, self.planned_steps))
 
-    def at(self, step: int) -> GaussianEvent:
+    def at(self, step: int) -> PrivacyEvent:
         """Return the event of a step.
 
         Raises:
-            ValueError: `step` is below 0.
+            ValueError: `step` is not planned, and such a step has no single event.
         """
-        if step < 0:
-            raise ValueError(f"step: {step} given; the first step is 1")
         if not 1 <= step <= self.planned_steps:
-            return self.dearest
+            if step >= 0 and len(self.unplanned) == 1 and not (step == 0 and self.setup):
+                return next(iter(self.unplanned))
+            raise ValueError(
+                f"step: {step} given; the first step is 1, the last planned {self.planned_steps}"
+            )
         return self.segments[bisect_right(self._ends, step - 1)][0]
 
-    def between(self, first_step: int, steps: int) -> dict[GaussianEvent, int]:
+    def between(self, first_step: int, steps: int) -> dict[PrivacyEvent, int]:
         """Return what steps ``first_step .. first_step + steps - 1`` cost, a count by event.
 
         Guarantee:
@@ -94,35 +101,45 @@ class StepCosts:
         if first_step < 0 or steps < 0:
             raise ValueError(f"steps: {steps} from step {first_step} given; both are at least 0")
         after = first_step + steps
-        counts: dict[GaussianEvent, int] = {}
+        counts: Counter[PrivacyEvent] = Counter()
         begin = inside = 0
+        if self.setup and first_step == 0 and steps:
+            counts.update(self.setup)
+            inside = 1
         for (event, _), end in zip(self.segments, self._ends, strict=True):
             found = min(after, end + 1) - max(first_step, begin + 1)
             if found > 0:
-                counts[event] = counts.get(event, 0) + found
+                counts[event] += found
                 inside += found
             begin = end
         if inside < steps:
-            counts[self.dearest] = counts.get(self.dearest, 0) + steps - inside
-        return counts
+            for event, count in self.unplanned.items():
+                counts[event] += count * (steps - inside)
+        return dict(counts)
 
-    def to_json(self) -> list[dict[str, Any]]:
-        """Return the segments as the ledger writes them."""
-        return [{**vars(event), "steps": steps} for event, steps in self.segments]
+    def to_json(self) -> dict[str, Any]:
+        """Return it as the ledger writes it."""
+        return {
+            "segments": [
+                {**event_to_json(event), "steps": steps} for event, steps in self.segments
+            ],
+            "setup": [event_to_json(event) for event in self.setup],
+        }
 
     @classmethod
-    def from_json(cls, segments: list[dict[str, Any]]) -> StepCosts:
-        """Return what `to_json` gave.
+    def from_json(cls, item: Mapping[str, Any]) -> StepCosts:
+        """Return what `to_json` gave, or a ledger's entry from before there was a setup.
 
         Raises:
             ConfigError, KeyError, TypeError: it is something else.
         """
-        return cls(
-            tuple(
-                (GaussianEvent(item["noise_multiplier"], item["sample_rate"]), item["steps"])
-                for item in segments
-            )
-        )
+        segments = []
+        for segment in item["segments"]:
+            values = dict(segment)
+            steps = values.pop("steps")
+            segments.append((event_from_json(values), steps))
+        setup = (event_from_json(event) for event in item.get("setup", ()))
+        return cls(tuple(segments), tuple(setup))
 
     @cached_property
     def _ends(self) -> list[int]:
@@ -130,9 +147,9 @@ class StepCosts:
         return list(accumulate(steps for _, steps in self.segments))
 
 
-def sum_of(*counts: Mapping[GaussianEvent, int]) -> dict[GaussianEvent, int]:
+def sum_of(*counts: Mapping[PrivacyEvent, int]) -> dict[PrivacyEvent, int]:
     """Add step counts by event; events whose counts cancel are left out."""
-    total: dict[GaussianEvent, int] = {}
+    total: dict[PrivacyEvent, int] = {}
     for some in counts:
         for event, count in some.items():
             total[event] = total.get(event, 0) + count
@@ -143,7 +160,7 @@ def max_steps(
     costs: StepCosts,
     first_step: int,
     at_most: int,
-    already: Mapping[GaussianEvent, int],
+    already: Mapping[PrivacyEvent, int],
     epsilon: float,
     delta: float,
     *,

@@ -8,240 +8,14 @@ seconds. docs/cost-model.md has the formulas on one page.
 from __future__ import annotations
 
 import math
-from collections.abc import Iterable
-from dataclasses import dataclass, fields
-from functools import lru_cache
 
-import numpy as np
+from dist_dp.step_shapes import FLOAT, DenseShape, ShardShape, Workload, distinct_rows
+from dist_dp.step_work import KEPT_BYTES, LONG_BAG, REGION_BYTES, Access, Work
 
-from dist_dp.errors import ConfigError
-
-MECHANISMS = ("none", "lazydp", "dpsgd", "dpsgd-torch", "eana")
-"""Mechanisms whose steps can be counted: those that ``dist-dp bench step`` measures."""
-
-FLOAT = 4
-"""Bytes of a weight, an activation or a gradient."""
 ID = 8
 """Bytes of an id on its way to the owner of its row."""
 LENGTH = 4
 """Bytes of a bag's length."""
-
-KEPT_BYTES = 32 << 20
-"""glibc gives larger arrays back to the system when freed (mallopt(3), M_MMAP_THRESHOLD)."""
-
-_EXACT_RANKS = 1 << 14
-
-
-@dataclass(frozen=True)
-class Work:
-    """Amounts of work of each kind; kinds differ in what they cost a unit.
-
-    Attributes:
-        matmul_flops: Floating-point operations of the dense layers' matrix products.
-        small_matmul_flops: Those of the batched products of the interaction.
-        activation_bytes: Read or written by passes over activations, their gradients, and dense
-            parameters.
-        fresh_bytes: Of arrays too large for the C library to keep (:data:`KEPT_BYTES`), which come
-            anew from the system, page by page.
-        indexed_numbers: Numbers gathered or scattered one by one (the interaction's triangle).
-        lookup_rows: Rows that pooled lookups read, repeats counted.
-        lookup_bytes: The same in bytes, at random in the tables.
-        update_rows: Rows that the fused update adds a gradient to, repeats counted.
-        update_bytes: Bytes it reads and writes for them, at random.
-        ids: Ids looked up in the history, to find the distinct and stale rows.
-        settle_rows: Distinct rows settled one by one.
-        settle_normals: Normals drawn for them.
-        stream_normals: Normals drawn by our kernels in a pass over all rows, or over dense
-            gradients.
-        torch_normals: Normals drawn by torch's generator into a new tensor, then added.
-        stream_bytes: Read and written by passes over whole tables; told, and timed with the
-            normals that they are made for.
-        all_to_all_bytes: Sent to other workers by exchanges of ids, pooled rows and gradients.
-        all_reduce_bytes: Sent by ring all-reduces (gloo's reduce-scatter is one too).
-        all_gather_bytes: Sent by ring all-gathers.
-        rounds: Messages that wait for one another.
-        steps: 1: what a step costs whatever its size (Python, dispatch).
-        tables: Local pieces of tables, each with a cost of its own.
-    """
-
-    matmul_flops: float = 0.0
-    small_matmul_flops: float = 0.0
-    activation_bytes: float = 0.0
-    fresh_bytes: float = 0.0
-    indexed_numbers: float = 0.0
-    lookup_rows: float = 0.0
-    lookup_bytes: float = 0.0
-    update_rows: float = 0.0
-    update_bytes: float = 0.0
-    ids: float = 0.0
-    settle_rows: float = 0.0
-    settle_normals: float = 0.0
-    stream_normals: float = 0.0
-    torch_normals: float = 0.0
-    stream_bytes: float = 0.0
-    all_to_all_bytes: float = 0.0
-    all_reduce_bytes: float = 0.0
-    all_gather_bytes: float = 0.0
-    rounds: float = 0.0
-    steps: float = 0.0
-    tables: float = 0.0
-
-    def __add__(self, other: Work) -> Work:
-        """Both together."""
-        return Work(
-            **{f.name: getattr(self, f.name) + getattr(other, f.name) for f in fields(self)}
-        )
-
-
-@dataclass(frozen=True)
-class TableShape:
-    """A table and how examples read it.
-
-    Attributes:
-        rows: Rows of the whole table.
-        dim: Columns of the whole table.
-        bags: Features that read it.
-        pooling: Ids in each bag.
-        skew: s; the r-th most popular row is read in proportion to r^-s (0: all alike).
-    """
-
-    rows: int
-    dim: int
-    bags: int = 1
-    pooling: float = 1.0
-    skew: float = 0.0
-
-
-@dataclass(frozen=True)
-class ShardShape:
-    """One worker's piece of a table; ``kind`` is its sharding kind."""
-
-    table: TableShape
-    rows: int
-    columns: int
-    kind: str = "table_wise"
-
-    @property
-    def share(self) -> float:
-        """Part of the table's lookups that it serves: popular rows lie anywhere in a table."""
-        return self.rows / self.table.rows
-
-
-@dataclass(frozen=True)
-class LinearShape:
-    """A linear layer.
-
-    Attributes:
-        inputs: Width of its input.
-        outputs: Width of its output.
-        relu: Whether a ReLU follows.
-        bottom: Whether its input is data, which needs no gradient.
-    """
-
-    inputs: int
-    outputs: int
-    relu: bool = True
-    bottom: bool = False
-
-
-@dataclass(frozen=True)
-class DenseShape:
-    """The model outside its tables.
-
-    Attributes:
-        linears: The linear layers, a cross network's two products a layer among them.
-        vectors: Vectors whose products in pairs the interaction takes (DLRM: the features and the
-            bottom MLP's output); 0 for none.
-        width: Numbers of each vector.
-        parameters: Trained parameters; by default those of the linear layers.
-    """
-
-    linears: tuple[LinearShape, ...]
-    vectors: int = 0
-    width: int = 0
-    parameters: int | None = None
-
-    @property
-    def parameter_count(self) -> int:
-        """Trained parameters."""
-        if self.parameters is not None:
-            return self.parameters
-        return sum((layer.inputs + 1) * layer.outputs for layer in self.linears)
-
-
-@dataclass(frozen=True)
-class Workload:
-    """A step of one worker.
-
-    Attributes:
-        mechanism: One of :data:`MECHANISMS`.
-        batch: Examples on each worker, padding included.
-        world_size: Workers.
-        tables: All tables.
-        shards: This worker's pieces.
-        dense: The model outside its tables.
-
-    Raises:
-        ConfigError: The mechanism is unknown.
-    """
-
-    mechanism: str
-    batch: float
-    world_size: int
-    tables: tuple[TableShape, ...]
-    shards: tuple[ShardShape, ...]
-    dense: DenseShape
-
-    def __post_init__(self) -> None:
-        """Refuses a mechanism that cannot be counted."""
-        if self.mechanism not in MECHANISMS:
-            raise ConfigError(
-                f"mechanism '{self.mechanism}' has no cost model; choose from "
-                f"{', '.join(MECHANISMS)}"
-            )
-
-    @property
-    def private(self) -> bool:
-        """Whether the step clips."""
-        return self.mechanism != "none"
-
-    @property
-    def pooled_bytes(self) -> float:
-        """Bytes of the pooled rows of this worker's own examples, all tables."""
-        return FLOAT * self.batch * sum(t.bags * t.dim for t in self.tables)
-
-    def ids_of(self, shard: ShardShape) -> float:
-        """Ids that a step reads in a shard, repeats counted."""
-        examples = self.batch * (1 if shard.kind == "data_parallel" else self.world_size)
-        return examples * shard.table.bags * shard.table.pooling * shard.share
-
-
-@lru_cache(maxsize=4096)
-def distinct_rows(rows: int, ids: float, skew: float = 0.0) -> float:
-    """Expected number of distinct rows among ``ids`` independent draws: Σ_r 1 - (1 - p_r)^ids.
-
-    Args:
-        rows: Rows of the table.
-        ids: Draws.
-        skew: s; p_r is proportional to the integral of x^-s over [r, r + 1].
-    """
-    if rows <= 0 or ids <= 0:
-        return 0.0
-    if skew == 0.0:
-        return float(-rows * math.expm1(ids * math.log1p(-1.0 / rows))) if rows > 1 else 1.0
-    # Ranks one by one as far as they differ much, then in stretches of nearly equal ones.
-    exact = min(rows, _EXACT_RANKS)
-    edges = np.arange(1, exact + 2, dtype=np.float64)
-    if rows > exact:
-        edges = np.concatenate([edges, np.geomspace(exact + 1, rows + 1, 4096)[1:]])
-    power = 1.0 - skew
-    if abs(power) < 1e-9:
-        mass = np.diff(np.log(edges)) / math.log(rows + 1)
-    else:
-        mass = np.diff(edges**power) / ((rows + 1.0) ** power - 1.0)
-    counts = np.diff(edges)
-    each = np.minimum(mass / counts, 1.0 - 1e-16)
-    return float(np.sum(-np.expm1(ids * np.log1p(-each)) * counts))
 
 
 def step_counts(workload: Workload) -> dict[str, Work]:
@@ -274,12 +48,10 @@ def _forward(w: Workload) -> Work:
     # Each output is written with the bias, then by the ReLU, which reads it too.
     passes = sum(numbers * layer.outputs * (3 if layer.relu else 1) for layer in w.dense.linears)
     flops = sum(2 * w.batch * layer.inputs * layer.outputs for layer in w.dense.linears)
-    lookups = Work(
-        lookup_rows=sum(w.ids_of(s) for s in w.shards),
-        lookup_bytes=sum(FLOAT * w.ids_of(s) * s.columns for s in w.shards),
-    )
     # The pooled rows are put side by side once (read and written).
-    work = Work(matmul_flops=flops, activation_bytes=passes + 2 * w.pooled_bytes) + lookups
+    work = Work(
+        matmul_flops=flops, activation_bytes=passes + 2 * w.pooled_bytes, lookup=table_access(w)
+    )
     work += _fresh(w.pooled_bytes, 2)  # the lookup's output, and side by side
     work += _fresh_outputs(w)
     if w.dense.vectors:
@@ -291,6 +63,26 @@ def _forward(w: Workload) -> Work:
         )
         work += _fresh(numbers * vectors)
     return work
+
+
+def table_access(w: Workload) -> Access:
+    """What a batch's lookups touch in this worker's pieces; their update touches the same."""
+    return sum((_shard_access(w, shard) for shard in w.shards), start=Access())
+
+
+def _shard_access(w: Workload, shard: ShardShape) -> Access:
+    bags, ids, size = w.bags_of(shard), w.ids_of(shard), FLOAT * shard.columns
+    rows = distinct_rows(shard.rows, ids, shard.table.skew)
+    return Access(
+        bags=bags,
+        bag_bytes=bags * size,
+        ids=ids,
+        id_bytes=ids * size,
+        rows=rows,
+        row_bytes=rows * size,
+        # popular rows lie anywhere, so the distinct ones do too
+        regions=distinct_rows(math.ceil(shard.rows * size / REGION_BYTES), rows),
+    )
 
 
 def _fresh(size: float, times: int = 1) -> Work:
@@ -327,7 +119,7 @@ def _backward(w: Workload) -> Work:
             activation_bytes=numbers * (square + 3 * vectors) + 2 * w.pooled_bytes,
             indexed_numbers=w.batch * _pairs(w.dense),
         )
-        work += _fresh(numbers * vectors, 2) + _fresh(w.pooled_bytes)
+        work += _fresh(numbers * vectors, 2)
     return work
 
 
@@ -336,7 +128,7 @@ def _clip(w: Workload) -> Work:
         return Work()
     numbers = FLOAT * w.batch
     layers = w.dense.linears
-    return Work(
+    return _bag_repeats(w) + Work(
         matmul_flops=sum(2 * w.batch * x.inputs * x.outputs for x in layers),
         # norms of inputs and output gradients, the bias's sum, the narrower of the two scaled
         activation_bytes=sum(
@@ -347,20 +139,28 @@ def _clip(w: Workload) -> Work:
     )
 
 
-def _settled(w: Workload) -> Work:
-    """Rows that a batch reads, found and settled once each."""
+def _bag_repeats(w: Workload) -> Work:
+    """Ids of the worker's own examples, by the length of their bags; between the two, in part."""
     work = Work()
-    for shard in w.shards:
-        ids = w.ids_of(shard)
-        rows = distinct_rows(shard.rows, ids, shard.table.skew)
-        work += Work(ids=ids, settle_rows=rows, settle_normals=rows * shard.columns)
+    for table in w.tables:
+        ids = w.batch * table.bags * table.pooling
+        long = min(1.0, max(0.0, (table.pooling - 1) / (LONG_BAG - 1)))
+        work += Work(short_bag_ids=(1 - long) * ids, long_bag_ids=long * ids)
     return work
 
 
+def _settled(w: Workload) -> Work:
+    """The distinct rows that a batch reads, settled once each."""
+    access = table_access(w)
+    return Work(settle_rows=access.rows, settle_normals=access.row_bytes / FLOAT)
+
+
 def _settle(w: Workload) -> Work:
-    if w.mechanism == "lazydp":
-        return _settled(w)
-    return Work(ids=_settled(w).ids) if w.mechanism == "eana" else Work()
+    if w.mechanism not in ("lazydp", "eana"):
+        return Work()
+    access = table_access(w)
+    work = Work(search_ids=access.ids, search_rows=access.rows)
+    return work + _settled(w) if w.mechanism == "lazydp" else work
 
 
 def _noise(w: Workload) -> Work:
@@ -375,20 +175,14 @@ def _noise(w: Workload) -> Work:
         # written with the noise (new memory), read again, and the table read and written
         work += Work(torch_normals=weights, stream_bytes=4 * FLOAT * weights)
     elif w.mechanism == "eana":
-        settled = _settled(w)
-        work += Work(settle_rows=settled.settle_rows, settle_normals=settled.settle_normals)
+        work += _settled(w)
     return work
 
 
 def _update(w: Workload) -> Work:
-    work = Work(
-        update_rows=sum(w.ids_of(s) for s in w.shards),
-        update_bytes=sum(2 * FLOAT * w.ids_of(s) * s.columns for s in w.shards),
-    )
-    if w.private:
-        # scaled by the clip factors
-        work += Work(activation_bytes=2 * w.pooled_bytes) + _fresh(w.pooled_bytes)
-    return work
+    # A private step's gradients are first scaled, where they lie, by the clip factors.
+    scaled = 2 * w.pooled_bytes if w.private else 0.0
+    return Work(update=table_access(w), activation_bytes=scaled)
 
 
 def _communication(w: Workload) -> Work:
@@ -435,11 +229,3 @@ def all_reduce(size: float, world_size: int) -> Work:
     """A ring all-reduce of ``size`` bytes: 2 (W - 1) messages of size / W."""
     steps = 2 * (world_size - 1)
     return Work(all_reduce_bytes=steps * size / world_size, rounds=steps)
-
-
-def dense_linears(layers: Iterable[tuple[int, int]], *, last_relu: bool) -> list[LinearShape]:
-    """An MLP's layers, a ReLU after each but perhaps the last."""
-    pairs = list(layers)
-    return [
-        LinearShape(i, o, relu=last_relu or n + 1 < len(pairs)) for n, (i, o) in enumerate(pairs)
-    ]

@@ -5,6 +5,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
+from dist_dp.clipping.user_groups import UserGroups
 from dist_dp.errors import DistDpError
 
 
@@ -22,6 +23,7 @@ class StepState:
         is_last: Whether that is the step's last one.
         batch_size: How many real examples it has on this rank.
         is_real: Mask of the real examples in flight, bool ``[batch]``; None once they are taken.
+        users: Which of them belong to one user; None where the unit of privacy is a record.
     """
 
     def __init__(self) -> None:
@@ -30,10 +32,17 @@ class StepState:
         self.is_last = True
         self.batch_size = 0
         self.is_real: Tensor | None = None
+        self.users: UserGroups | None = None
         self._unfinished = False
 
     def begin(
-        self, step: int, num_real: int, padded_size: int, part: int = 0, is_last: bool = True
+        self,
+        step: int,
+        num_real: int,
+        padded_size: int,
+        part: int = 0,
+        is_last: bool = True,
+        users: UserGroups | None = None,
     ) -> None:
         """A micro-batch was drawn for ``step``: the first ``num_real`` examples count.
 
@@ -43,6 +52,7 @@ class StepState:
             padded_size: Examples in it, padding included; equal on all ranks.
             part: Number of the micro-batch in its step, from 0.
             is_last: Whether no other follows in this step.
+            users: Whose the examples are, with users as units of privacy.
 
         Raises:
             DistDpError: The micro-batch before was never stepped, or this is not the next one, or
@@ -64,6 +74,7 @@ class StepState:
             )
         self.step, self.part, self.is_last = step, part, is_last
         self.batch_size = num_real
+        self.users = users
         self.is_real = torch.arange(padded_size) < num_real
 
     def take(self, batch: int | None) -> Tensor:

@@ -11,6 +11,7 @@
 ``world``      the processes of a run
 ``tables``     the same for people
 ``scaling``    step time against table size, and its plot
-``microbenchmarks``, ``machine``  the rates of this machine, for the cost model
+``microbenchmarks``, ``table_benchmarks``  what kinds of work cost on this machine
+``machine``    its rates, for the cost model
 ``check_model``  measured steps beside its predictions
 """

@@ -81,6 +81,25 @@ def step(
         json_file.write_text(json.dumps(result, indent=1) + "\n", encoding="utf-8")
 
 
+@bench_app.command("accountant")
+@readable_errors
+def accountant(
+    json_file: Annotated[
+        Path | None, typer.Option("--json", help="Write the figures to this file, too.")
+    ] = None,
+    rounds: Annotated[int, typer.Option(min=1, help="Times each way is measured.")] = 3,
+) -> None:
+    """Time the ledger: leases a second, and what a step waits for its charge."""
+    from dist_dp.cluster.bench.accountant import run, show
+    from dist_dp.cluster.bench.world import to_stderr
+
+    check_writable(json_file)
+    result = run(to_stderr, rounds=rounds)
+    show(result)
+    if json_file is not None:
+        json_file.write_text(json.dumps(result, indent=1) + "\n", encoding="utf-8")
+
+
 def check_writable(json_file: Path | None) -> None:
     """Refuses, before anything is measured, a file whose folder is missing.
 

@@ -104,7 +104,7 @@ def line_up(settings: StepSettings, folder: Path) -> Field:
     )
     _time_dense_update(engine)
     cut = share_tables(model, twin)
-    sampler = PoissonSampler(engine.secret, plan.num_records, plan.sample_rate)
+    sampler = PoissonSampler(engine.secret, plan.num_units, plan.sample_rate)
 
     def loader(leases: StepLeases, state: StepState, timer: PhaseTimer) -> PoissonLoader:
         source = as_source(clicks)
@@ -139,7 +139,7 @@ class _Books:
 
     def __init__(self, path: Path, plan: PrivacyPlan) -> None:
         self.accountant = LocalAccountant(Ledger(path)) if rank() == 0 else None
-        self.budget = (1e4, 0.1 / plan.num_records)
+        self.budget = (1e4, 0.1 / plan.num_units)
         self._path = path
         self._plan = plan
 

@@ -1,6 +1,7 @@
 """``dist-dp bench machine``: the rates of this machine, for the cost model.
 
-The rates of one process come from :mod:`~dist_dp.cluster.bench.microbenchmarks`. What a step costs
+The rates of one process come from :mod:`~dist_dp.cluster.bench.microbenchmarks` and
+:mod:`~dist_dp.cluster.bench.table_benchmarks`. What a step costs
 whatever its size is the time of a step with next to nothing in it: two examples, tables of 64 rows
 by 4 columns, layers of width 4. Collectives are timed between two local processes. None of it is
 a point that the model is to predict.
@@ -31,7 +32,7 @@ Say = Callable[[str], None]
 
 
 def measure_machine(say: Say, *, threads: int, rounds: int, folder: Path) -> MachineRates:
-    """Measures this machine, in about half a minute.
+    """Measures this machine, in under a minute.
 
     Args:
         say: Told what is going on.
@@ -44,6 +45,7 @@ def measure_machine(say: Say, *, threads: int, rounds: int, folder: Path) -> Mac
     from dist_dp import kernels
     from dist_dp.cluster import quiet
     from dist_dp.cluster.bench import microbenchmarks as micro
+    from dist_dp.cluster.bench.table_benchmarks import table_rates
     from dist_dp.kernels.bench import processor
 
     quiet.apply(verbose=False)
@@ -55,7 +57,7 @@ def measure_machine(say: Say, *, threads: int, rounds: int, folder: Path) -> Mac
         "activation_bytes_per_second": micro.activation_rate(),
         "fresh_bytes_per_second": micro.fresh_rate(),
         "indexed_numbers_per_second": micro.indexed_rate(),
-        **micro.table_rates(rounds, say),
+        **table_rates(rounds, say),
     }
     say("the disk")
     rates["disk_bytes_per_second"] = micro.disk_rate(folder)

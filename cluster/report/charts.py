@@ -175,11 +175,12 @@ def _signal_to_noise(metrics: Columns) -> Chart:
 def _batch_size(metrics: Columns, summary: Summary) -> Chart:
     lines = _smoothed(metrics, "batch_size", "batch size")
     y = metrics["batch_size"]
-    expected = finite(summary.get("expected_batch_size"))
+    expected = finite(summary.get("expected_records", summary.get("expected_batch_size")))
+    size = "number of users" if summary.get("unit_of_privacy") == "user" else "size"
     return Chart(
         "Batch size",
         count(_latest(y)),
-        "Records drawn into each step's batch; gradients are divided by the expected size.",
+        f"Records drawn into each step's batch; gradients are divided by the expected {size}.",
         lines,
         references=[Reference(f"expected {count(expected)}", expected)] if expected else [],
     )

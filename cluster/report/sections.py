@@ -113,7 +113,7 @@ def key_figures(summary: Summary) -> str:
     batch = finite(summary.get("expected_batch_size"))
     tiles = [
         ("Privacy loss ε", epsilon_text, epsilon_note),
-        ("Failure probability δ", show(summary.get("delta"), 3), _against_records(summary)),
+        ("Failure probability δ", show(summary.get("delta"), 3), _against_units(summary)),
         ("AUC", fixed(summary.get("auc"), 4), f"best possible {best:.4f}" if best else "held out"),
         ("Normalized entropy", fixed(summary.get("normalized_entropy"), 4), "1 = base rate alone"),
         (
@@ -124,7 +124,7 @@ def key_figures(summary: Summary) -> str:
         (
             "Examples a second",
             count(summary.get("examples_per_second")),
-            f"batch of {count(batch)} expected" if batch is not None else "",
+            f"batch of {count(batch)} {_units(summary)} expected" if batch is not None else "",
         ),
         ("Step time", milliseconds(summary.get("step_ms")), "median"),
         ("Peak memory a worker", size(max(peak)) if peak else DASH, peak_note),
@@ -137,13 +137,18 @@ def key_figures(summary: Summary) -> str:
     return f'<dl class="tiles">{cells}</dl>'
 
 
-def _against_records(summary: Summary) -> str:
-    delta, n = finite(summary.get("delta")), finite(summary.get("num_records"))
+def _units(summary: Summary) -> str:
+    return "users" if summary.get("unit_of_privacy") == "user" else "records"
+
+
+def _against_units(summary: Summary) -> str:
+    units = _units(summary)
+    delta, n = finite(summary.get("delta")), finite(summary.get(f"num_{units}"))
     if not delta or not n:
         return ""
     if delta * n >= 1:
-        return f"not below 1 / {count(n)} records"
-    return f"= {show(delta * n, 2)} / {count(n)} records"
+        return f"not below 1 / {count(n)} {units}"
+    return f"= {show(delta * n, 2)} / {count(n)} {units}"
 
 
 def privacy(summary: Summary) -> str:
@@ -157,7 +162,7 @@ def privacy(summary: Summary) -> str:
         ("Noise multiplier σ", _noise_multiplier(summary)),
         ("Clip norm C", show(summary.get("max_grad_norm"), 6)),
         ("Sample rate q", show(rate, 4) + (f" (1 in {show(1 / rate, 3)})" if rate else "")),
-        ("Expected batch", count(summary.get("expected_batch_size"))),
+        ("Expected batch", f"{count(summary.get('expected_batch_size'))} {_units(summary)}"),
         ("Records", count(summary.get("num_records"))),
         ("Steps", count(summary.get("steps"))),
         ("Accountant", escape(summary.get("accountant"))),
@@ -166,6 +171,11 @@ def privacy(summary: Summary) -> str:
         ("Data set in the ledger", escape(summary.get("dataset"))),
         ("ε spent on it by all runs", _spent(summary)),
     ]
+    if _units(summary) == "users":
+        most = count(summary.get("max_records_per_user"))
+        place = [name for name, _ in rows].index("Records")
+        users = count(summary.get("num_users"))
+        rows[place:place] = [("Users", users), ("Records of a user in a step", f"at most {most}")]
     statement = str(summary.get("privacy_statement") or "").strip()
     paragraphs = (
         "".join(f"<p>{escape(p.strip())}</p>" for p in re.split(r"\n\s*\n", statement))

@@ -7,7 +7,7 @@ turns every bad row into a message with its file and line.
 from __future__ import annotations
 
 from pathlib import Path
-from typing import Literal, get_args
+from typing import Any, Literal, get_args
 
 from dist_dp.datasets.readers.base import Reader
 from dist_dp.datasets.schema import DataSchema
@@ -65,6 +65,7 @@ def open_reader(
     skip_bad_rows: bool = False,
     split_seed: int = 0,
     chunk_bytes: int = 32 << 20,
+    user: str | None = None,
 ) -> Reader:
     """Opens a source for reading.
 
@@ -75,6 +76,7 @@ def open_reader(
         skip_bad_rows: Count bad rows by reason in ``reader.skipped`` instead of raising.
         split_seed: Seed of the record keys that decide the split.
         chunk_bytes: Bytes of text parsed at a time; results do not depend on it.
+        user: Column with the key of each record's user, in place of the schema's.
 
     Raises:
         DataError: The source is absent or empty, or the format is unknown.
@@ -90,6 +92,13 @@ def open_reader(
         "split_seed": split_seed,
         "chunk_bytes": chunk_bytes,
     }
+    reader = _reader(path, format, schema, options)
+    if user is not None and user != reader.schema.user:
+        reader = _reader(path, format, reader.schema.with_user(user), options)
+    return reader
+
+
+def _reader(path: Path, format: str, schema: DataSchema | None, options: dict[str, Any]) -> Reader:
     if format == "criteo":
         from dist_dp.datasets.readers.criteo import CriteoReader
 

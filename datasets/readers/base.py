@@ -12,6 +12,7 @@ import numpy as np
 
 from dist_dp.datasets.encode import Columns, Encoder, Problem
 from dist_dp.datasets.manifest import FileIdentity, identify_file
+from dist_dp.datasets.readers.spans import Span
 from dist_dp.datasets.schema import DataSchema
 from dist_dp.errors import DataError
 
@@ -26,9 +27,15 @@ class Reader(ABC):
         files: Every file that is read, in order; together they identify the source.
         skipped: Bad rows left out, by reason (only with ``skip_bad_rows``).
         bytes_read: Bytes of ``files`` consumed so far, for a progress bar.
+        span: The only part to read, of those that :meth:`spans` gives; None for all.
+        first_number: Number of the span's first line, for messages.
+        max_bad_rows: More bad rows than this are an error; None for any number.
     """
 
     format: str
+    span: Span | None = None
+    first_number: int = 1
+    max_bad_rows: int | None = None
 
     def __init__(
         self,
@@ -62,6 +69,24 @@ class Reader(ABC):
             return tuple(identify_file(file) for file in self.files)
         except OSError as error:
             raise DataError(f"{self.path}: cannot be read ({error}); check the file") from error
+
+    def check_skipped(self) -> None:
+        """Refuses a source with more bad rows than allowed.
+
+        Raises:
+            DataError: There are more.
+        """
+        total = sum(self.skipped.values())
+        if self.max_bad_rows is not None and total > self.max_bad_rows:
+            reasons = ", ".join(f"{n:,} {why}" for why, n in sorted(self.skipped.items()))
+            raise DataError(
+                f"{self.path}: {total:,} bad rows so far ({reasons}), more than the "
+                f"{self.max_bad_rows:,} allowed; correct the source, or allow more"
+            )
+
+    def spans(self, size: int) -> list[Span]:
+        """Parts of about ``size`` bytes that give the batches of the whole, one after the other."""
+        return [Span(str(self.path))]
 
     @abstractmethod
     def batches(self) -> Iterator[Any]:

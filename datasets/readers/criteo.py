@@ -13,6 +13,7 @@ from typing import Any
 from dist_dp.datasets.encode import Columns
 from dist_dp.datasets.hashing import record_keys
 from dist_dp.datasets.readers.base import Reader
+from dist_dp.datasets.readers.spans import Span, text_spans
 from dist_dp.datasets.readers.text import parse_chunk, read_chunks
 from dist_dp.datasets.schema import DataSchema, DenseFeature, SparseFeature
 from dist_dp.errors import ConfigError
@@ -59,6 +60,12 @@ class CriteoReader(Reader):
                 column as a number, or declares a ragged feature.
         """
         schema = schema or default_schema()
+        if schema.user is not None:
+            raise ConfigError(
+                f"user {schema.user!r}: the Criteo layout does not say whose a record is, so users "
+                "cannot be protected in it, only records; convert the logs to Parquet with a "
+                "column of users, or remove user"
+            )
         for column in schema.source_columns():
             if column not in COLUMNS:
                 raise ConfigError(
@@ -82,11 +89,17 @@ class CriteoReader(Reader):
     def _sparse_columns(self) -> set[str]:
         return {f.source_column for f in self.schema.sparse}
 
+    def spans(self, size: int) -> list[Span]:
+        """Parts of the file; a compressed one is read whole."""
+        return text_spans(self.path, size, self.chunk_bytes)
+
     def batches(self) -> Iterator[Any]:
         """Yields record batches; see the base class."""
         skipped = self.skipped if self.skip_bad_rows else None
         wanted = self.schema.source_columns()
-        for chunk in read_chunks(self.path, self.chunk_bytes):
+        for chunk in read_chunks(
+            self.path, self.chunk_bytes, span=self.span, first_number=self.first_number
+        ):
             table = parse_chunk(chunk, COLUMNS, self._numeric, wanted, skipped)
             arrays = {name: table.column(name) for name in wanted}
             keys = record_keys(chunk.lines, self.split_seed)

@@ -24,6 +24,7 @@ from numpy.typing import NDArray
 from dist_dp.datasets.encode import Columns, Problem
 from dist_dp.datasets.hashing import record_keys
 from dist_dp.datasets.readers.base import Reader
+from dist_dp.datasets.readers.spans import Span, text_spans
 from dist_dp.datasets.readers.text import parse_chunk, read_chunks
 from dist_dp.datasets.schema import DataSchema, DenseFeature, SparseFeature
 from dist_dp.errors import ConfigError, DataError
@@ -138,6 +139,10 @@ class MovieLensReader(Reader):
         super().__init__(path, schema, [ratings, *sides], **options)
         self._ratings, self._sides = ratings, sides
 
+    def spans(self, size: int) -> list[Span]:
+        """Parts of the ratings; users and movies are read with each."""
+        return text_spans(self._ratings, size, self.chunk_bytes)
+
     def batches(self) -> Iterator[Any]:
         """Yields record batches; see the base class."""
         skipped = self.skipped if self.skip_bad_rows else None
@@ -151,7 +156,9 @@ class MovieLensReader(Reader):
             self.bytes_read = sum(file.stat().st_size for file in self._sides)
         before = self.bytes_read
         separator = b"\t" if self.variant == "100k" else b"::"
-        for chunk in read_chunks(self._ratings, self.chunk_bytes, separator):
+        for chunk in read_chunks(
+            self._ratings, self.chunk_bytes, separator, self.span, self.first_number
+        ):
             table = parse_chunk(chunk, RATING_COLUMNS, RATING_COLUMNS, RATING_COLUMNS, skipped)
             arrays = {name: table.column(name).combine_chunks() for name in RATING_COLUMNS}
             n = len(chunk.lines)

@@ -16,6 +16,7 @@ import pyarrow as pa
 
 from dist_dp.datasets.encode import Columns
 from dist_dp.datasets.readers.base import Reader
+from dist_dp.datasets.readers.spans import Span
 from dist_dp.datasets.schema import DataSchema
 from dist_dp.errors import ConfigError, DataError
 
@@ -44,12 +45,16 @@ class ParquetReader(Reader):
             raise DataError(f"{path}: the folder holds no *.parquet file")
         super().__init__(path, schema, files, **options)
 
+    def spans(self, size: int) -> list[Span]:
+        """One part for each file, whatever its size."""
+        return [Span(str(file)) for file in self.files]
+
     def batches(self) -> Iterator[Any]:
         """Yields record batches; see the base class."""
         import pyarrow.parquet as pq
 
         total = 0
-        for file in self.files:
+        for file in self.files if self.span is None else [Path(self.span.file)]:
             try:
                 with pq.ParquetFile(file) as source:
                     available = set(source.schema_arrow.names)
@@ -64,7 +69,7 @@ class ParquetReader(Reader):
                 ) from error
             total += first_row
             self.bytes_read += file.stat().st_size
-        if total == 0:
+        if total == 0 and self.span is None:
             raise DataError(f"{self.path}: the data set has no rows")
 
     def _encode_batch(self, file: Path, batch: Any, first_row: int, available: set[str]) -> Any:

@@ -20,6 +20,7 @@ import pyarrow.compute as pc
 import pyarrow.csv as pacsv
 from numpy.typing import NDArray
 
+from dist_dp.datasets.readers.spans import Span
 from dist_dp.errors import DataError
 
 MAX_LINE_BYTES = 16 << 20
@@ -61,25 +62,39 @@ def first_line(path: Path) -> bytes:
     return line.rstrip(b"\r\n")
 
 
-def read_chunks(path: Path, chunk_bytes: int, separator: bytes = b"\t") -> Iterator[TextChunk]:
+def read_chunks(
+    path: Path,
+    chunk_bytes: int,
+    separator: bytes = b"\t",
+    span: Span | None = None,
+    first_number: int = 1,
+) -> Iterator[TextChunk]:
     """Reads a text file (plain or ``.gz``) in chunks of whole lines.
 
     Args:
         path: The file.
         chunk_bytes: Bytes to read at a time.
         separator: Field separator; replaced by a tab when it is another one.
+        span: The part to read, of those that :func:`text_spans` gives; None for the whole file.
+        first_number: Number of the first line read.
 
     Raises:
         DataError: The file is empty or cannot be read or decompressed.
     """
-    next_number = 1
+    next_number = first_number
     rest = b""
+    position, stop = (0, None) if span is None else (span.start, span.end)
     with _OpenText(path) as (stream, raw):
+        if position:
+            raw.seek(position)
         while True:
+            # Blocks end at multiples of their size, so that chunks do not depend on the span.
+            size = chunk_bytes - position % chunk_bytes
             try:
-                block = stream.read(chunk_bytes)
+                block = stream.read(size if stop is None else min(size, stop - position))
             except (OSError, EOFError, zlib.error) as error:
                 raise _unreadable(path, error) from error
+            position += len(block)
             data = rest + block
             if not data:
                 break
@@ -103,7 +118,7 @@ def read_chunks(path: Path, chunk_bytes: int, separator: bytes = b"\t") -> Itera
             numbers = np.arange(next_number, next_number + len(lines))
             next_number += len(lines)
             yield TextChunk(path, lines, numbers, raw.tell())
-    if next_number == 1:
+    if next_number == 1 and position == 0:
         raise DataError(f"{path}: the file is empty; check that it was written completely")
 
 

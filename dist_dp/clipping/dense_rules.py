@@ -45,6 +45,30 @@ class DenseRule(ABC):
             float tensor of shape ``[batch]``.
         """
 
+    def squared_norms_of_groups(self, layer: nn.Module, records: Sequence[Record]) -> Tensor:
+        """Squared norms of the gradients that the examples of a group have together.
+
+        Needed where the unit of privacy is a user; a rule without it is refused then.
+
+        Args:
+            layer: The layer.
+            records: As for :meth:`squared_norms`, each tensor ``[groups, size, ...]``. The output
+                gradient is 0 where a group has fewer than ``size`` examples, and the input there
+                is some other one.
+
+        Returns:
+            float ``[groups]``: squared norms of *sums* over the examples of a group.
+
+        Guarantee:
+            Exact: no bound, and not the sum of the examples' norms.
+        """
+        raise NotImplementedError(f"{type(self).__name__} has no norms of groups of examples")
+
+    @property
+    def takes_groups(self) -> bool:
+        """Whether :meth:`squared_norms_of_groups` is there."""
+        return type(self).squared_norms_of_groups is not DenseRule.squared_norms_of_groups
+
     @abstractmethod
     def clipped_sums(
         self, layer: nn.Module, records: Sequence[Record], coefficients: Tensor
@@ -140,6 +164,19 @@ class LinearRule(DenseRule):
 
     def squared_norms(self, layer: nn.Module, records: Sequence[Record]) -> Tensor:
         """See the class."""
+        return self._squared_norms(layer, records, None)
+
+    def squared_norms_of_groups(self, layer: nn.Module, records: Sequence[Record]) -> Tensor:
+        """See the class: a group's examples are further positions.
+
+        The Gram form is taken in float64. Its terms are squares of the examples' gradients, which
+        may be far larger than that of their sum when they nearly cancel.
+        """
+        return self._squared_norms(layer, records, torch.float64)
+
+    def _squared_norms(
+        self, layer: nn.Module, records: Sequence[Record], gram: torch.dtype | None
+    ) -> Tensor:
         a, d = self._positions(records)
         positions = a.shape[1]
         if positions == 1:
@@ -149,7 +186,8 @@ class LinearRule(DenseRule):
         squared = torch.zeros(a.shape[0], dtype=d.dtype, device=d.device)
         if layer.weight.requires_grad:
             if positions * positions <= a.shape[2] * d.shape[2]:
-                squared += ((a @ a.transpose(1, 2)) * (d @ d.transpose(1, 2))).sum((1, 2))
+                aa, dd = (x @ x.transpose(1, 2) for x in (a.to(gram), d.to(gram)))
+                squared += (aa * dd).sum((1, 2))
             else:
                 size = max(1, self.SLICE_ELEMENTS // (a.shape[2] * d.shape[2]))
                 parts = zip(d.split(size), a.split(size), strict=True)
@@ -221,6 +259,10 @@ class LayerNormRule(DenseRule):
         grads = self._per_example(layer, records)
         return sum((g.square().sum(1) for g in grads.values()), start=zero)
 
+    def squared_norms_of_groups(self, layer: nn.Module, records: Sequence[Record]) -> Tensor:
+        """See the class: a group's examples are further positions."""
+        return self.squared_norms(layer, records)
+
     def clipped_sums(
         self, layer: nn.Module, records: Sequence[Record], coefficients: Tensor
     ) -> dict[str, Tensor]:
@@ -258,19 +300,21 @@ class VmapRule(DenseRule):
 
     def squared_norms(self, layer: nn.Module, records: Sequence[Record]) -> Tensor:
         """See the class."""
+        alone = [(tuple(x.unsqueeze(1) for x in i), d.unsqueeze(1)) for i, d in records]
+        return self.squared_norms_of_groups(layer, alone)
+
+    def squared_norms_of_groups(self, layer: nn.Module, records: Sequence[Record]) -> Tensor:
+        """See the class: the layer runs on a group's examples as on a batch."""
         trained = {n: p.detach() for n, p in layer.named_parameters() if p.requires_grad}
         inputs = [r[0] for r in records]
         deltas = [r[1] for r in records]
 
-        def one(inputs_b: list[tuple[Tensor, ...]], deltas_b: list[Tensor]) -> Tensor:
+        def one(inputs_g: list[tuple[Tensor, ...]], deltas_g: list[Tensor]) -> Tensor:
             def outputs(parameters: dict[str, Tensor]) -> list[Tensor]:
-                return [
-                    self._call(layer, tuple(x.unsqueeze(0) for x in i))(parameters).squeeze(0)
-                    for i in inputs_b
-                ]
+                return [self._call(layer, i)(parameters) for i in inputs_g]
 
             vjp: Any = torch.func.vjp(outputs, trained)[1]
-            (grads,) = vjp(deltas_b)
+            (grads,) = vjp(deltas_g)
             return torch.stack([g.square().sum() for g in grads.values()]).sum()
 
         per_example = sum(p.numel() for p in trained.values())

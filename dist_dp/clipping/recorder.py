@@ -15,6 +15,7 @@ import torch
 from torch import Tensor, nn
 
 from dist_dp.clipping.dense_rules import DenseRule, Record, register_torchrec_rules, rule_for
+from dist_dp.clipping.user_groups import UserGroups
 from dist_dp.errors import ModelError
 
 
@@ -277,6 +278,33 @@ class DenseRecorder:
                 if records:
                     total += rule.squared_norms(layer, records).detach()
         return total
+
+    def squared_norms_of_users(self, users: UserGroups) -> Tensor:
+        """Σ over dense layers of the squared norms of users' gradients, float ``[units]``."""
+        total = torch.zeros(users.num_units, device=self._anchor.device)
+        with self._pause():
+            for name, (layer, rule) in self.layers.items():
+                records = self._records(name, users.batch)
+                for bucket in users.buckets if records else ():
+                    gathered = [bucket.gather(record) for record in records]
+                    squared = rule.squared_norms_of_groups(layer, gathered).detach()
+                    total.index_add_(0, bucket.units, squared.to(total.dtype))
+        return total
+
+    def check_rules_take_users(self) -> None:
+        """Refuses layers whose rule knows the gradients of single examples only.
+
+        Raises:
+            ModelError: There is one.
+        """
+        for name, (layer, rule) in self.layers.items():
+            if not rule.takes_groups:
+                raise ModelError(
+                    f"layer '{name}' ({type(layer).__name__}): its clipping rule "
+                    f"{type(rule).__name__} has no squared_norms_of_groups, without which the "
+                    "gradient of a user with several records has no norm. Write it, derive the "
+                    "rule from VmapRule, or freeze the layer"
+                )
 
     def clipped_sums(self, coefficients: Tensor) -> dict[str, Tensor]:
         """Sums over examples of the scaled gradients, by full parameter name.

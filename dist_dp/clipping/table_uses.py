@@ -60,7 +60,7 @@ def collection_norms(
     done = {config.name for config, _ in alone}
     uses: dict[str, list[TableUse]] = {}
     for call in calls:
-        for name, use in _uses(tables, call, done):
+        for name, use in uses_of(tables, call, done):
             uses.setdefault(name, []).append(use)
     rows = {c.name: c.num_embeddings for c in tables.configs}
     for name, found in uses.items():
@@ -76,7 +76,7 @@ def _used_once(tables: Tables, calls: Sequence[LookupCall]) -> list[tuple[Any, l
     return [(config, names) for config, names in pairs if len(names) == 1]
 
 
-def _uses(tables: Tables, call: LookupCall, done: set[str]) -> Iterator[tuple[str, TableUse]]:
+def uses_of(tables: Tables, call: LookupCall, done: set[str]) -> Iterator[tuple[str, TableUse]]:
     """Every use of a table in a call, by the table's name, but of those that are done."""
     pooled_grads: dict[str, Tensor] = {}
     if tables.pooled:

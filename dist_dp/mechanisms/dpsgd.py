@@ -17,7 +17,8 @@ class DPSGD(Mechanism):
         Every iterate w_t = (1 − η_t λ) w_{t−1} − (η_t/B)(G_t + σ_t C_t Z_t), or its like with
         momentum, has Z_t independent standard normal on every coordinate, so with Poisson-sampled
         batches and joint clipping to C_t the released model is (ε, δ)-DP for adding or removing
-        one record, at the ε the accountant composes. It assumes the noise key stays secret.
+        one unit (record or user), at the ε the accountant composes. It assumes the noise key stays
+        secret.
 
         With a grid, w_t is also rounded to it at every step, whatever the batch: post-processing.
         Each rounding gives what real arithmetic and a real Gaussian would, but for a probability

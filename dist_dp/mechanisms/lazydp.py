@@ -31,8 +31,9 @@ class LazyDP(Mechanism):
         Values read (by a lookup after ``before_lookup``, or after ``settle``) have the joint
         distribution they have under :class:`~dist_dp.mechanisms.dpsgd.DPSGD`, up to the rounding
         of float32, for any learning-rate, clip and noise schedule, so the same (ε, δ) holds for
-        the released model, for adding or removing one record. It covers settled values only: the
-        tables in memory between reads, and which rows a step touched, are outside the guarantee.
+        the released model, for adding or removing one unit (record or user). It covers settled
+        values only: the tables in memory between reads, and which rows a step touched, are outside
+        the guarantee.
 
         With a grid, a release puts every row on it, with noise in float64 for all steps since the
         row was last read by training, the last step's at least: post-processing of all rows

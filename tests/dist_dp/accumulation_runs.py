@@ -93,9 +93,9 @@ def _mean_kept() -> Iterator[None]:
     """Losses that stay divided by the size of their micro-batch."""
     coefficients = PrivateOptimizer._coefficients
 
-    def undivided(self: PrivateOptimizer, is_real: Tensor) -> tuple[Tensor, Tensor]:
+    def undivided(self: PrivateOptimizer, is_real: Tensor, users: Any) -> tuple[Tensor, Tensor]:
         self.loss_reduction = "sum"
-        return coefficients(self, is_real)
+        return coefficients(self, is_real, users)
 
     with mock.patch.object(PrivateOptimizer, "_coefficients", undivided):
         yield

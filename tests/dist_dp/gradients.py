@@ -85,14 +85,19 @@ def build(
     grid: float | None = None,
     clip_schedule: Any = None,
     noise_multiplier_schedule: Any = None,
+    max_records_per_user: int | None = None,
     **options: Any,
 ) -> PrivateModel:
-    """A private model with a small plan."""
+    """A private model with a small plan, for users if their records are bounded."""
+    by_user = max_records_per_user is not None
     plan = PrivacyPlan(
         mechanism=mechanism,
         noise_multiplier=None if mechanism == "none" else sigma,
         max_grad_norm=clip,
-        num_records=1000,
+        unit="user" if by_user else "record",
+        num_records=None if by_user else 1000,
+        num_users=1000 if by_user else None,
+        max_records_per_user=max_records_per_user,
         expected_batch_size=expected,
         steps=100,
         delta=1e-4,

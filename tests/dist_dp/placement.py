@@ -43,6 +43,18 @@ class OpenHanded:
     def settle(self, lease_id: str, used_steps: int) -> None:
         self.calls.append(("settle", lease_id, used_steps))
 
+    def open_leases(self, run_id: str) -> list[Lease]:
+        return []
+
+    def run_epsilon(self, run_id: str) -> float:
+        return 0.5
+
+    def charged_to(self, run_id: str) -> int:
+        return 0
+
+    def run_steps(self, run_id: str) -> int:
+        return 10**6
+
 
 def records() -> Clicks:
     """A fixed data set for the model ``Mixed`` of :func:`model`."""

@@ -44,7 +44,9 @@ KINDS: dict[str, Any] = {
 def loader_of(private: PrivateModel, steps: int, **options: Any) -> PoissonLoader:
     """A private loader over :func:`unsharded.records`."""
     leases = StepLeases(OpenHanded(), "run", steps)
-    sampler = PoissonSampler(SECRET, unsharded.RECORDS, unsharded.RATE)
+    sampler: Any = PoissonSampler(SECRET, unsharded.RECORDS, unsharded.RATE)
+    if private.plan.unit == "user":
+        sampler = unsharded.user_sampler()
     return PoissonLoader(
         as_source(unsharded.records()), sampler, leases, private.state, steps, **options
     )
@@ -72,6 +74,7 @@ def private_run(
     clip_schedule: ScheduleConfig | None = None,
     noise_multiplier_schedule: ScheduleConfig | None = None,
     look_ahead: bool = False,
+    by_user: bool = False,
 ) -> dict[str, Any]:
     """Final pieces and dense weights, norms by step, and the kinds of the shards."""
     whole = unsharded.model()
@@ -82,7 +85,8 @@ def private_run(
         sigma=sigma,
         mechanism=mechanism,
         optimizer=optimizer(whole),
-        expected=unsharded.EXPECTED,
+        expected=unsharded.USERS_EXPECTED if by_user else unsharded.EXPECTED,
+        max_records_per_user=unsharded.MOST_RECORDS if by_user else None,
         clip_schedule=clip_schedule,
         noise_multiplier_schedule=noise_multiplier_schedule,
     )

@@ -12,19 +12,17 @@ import pytest
 
 from dist_dp.cost_model import MachineRates, predict, release_seconds
 from dist_dp.errors import ConfigError
-from dist_dp.step_counts import (
+from dist_dp.step_counts import all_reduce, step_counts, table_access, total
+from dist_dp.step_shapes import (
     MECHANISMS,
     DenseShape,
     LinearShape,
     ShardShape,
     TableShape,
-    Work,
     Workload,
-    all_reduce,
     distinct_rows,
-    step_counts,
-    total,
 )
+from dist_dp.step_work import Access, Work
 
 BATCH = 64.0
 
@@ -52,8 +50,12 @@ def test_products_of_a_step() -> None:
 def test_lookups_updates_and_noise() -> None:
     ids = BATCH * 2 * 3
     lazy = step_counts(workload())
-    assert lazy["forward"].lookup_rows == lazy["embedding_update"].update_rows == ids
-    assert lazy["settle"].settle_normals == 16 * distinct_rows(1000, ids)
+    access = lazy["forward"].lookup
+    assert access == lazy["embedding_update"].update
+    assert (access.bags, access.ids, access.id_bytes) == (BATCH * 2, ids, 4 * 16 * ids)
+    assert access.rows == lazy["settle"].search_rows == distinct_rows(1000, ids)
+    assert lazy["settle"].settle_normals == 16 * access.rows
+    assert lazy["settle"].search_ids == ids
     dense = 9 * 32 + 65
     assert lazy["noise"].stream_normals == dense
     assert step_counts(workload("dpsgd"))["noise"].stream_normals == dense + 16_000
@@ -70,6 +72,39 @@ def test_lazy_work_does_not_grow_with_the_rows() -> None:
 
     assert normals("lazydp", 10**9) == pytest.approx(normals("lazydp", 10**7), rel=1e-4)
     assert normals("dpsgd", 10**9) > 99 * normals("dpsgd", 10**7)
+
+
+def touched(rows: int, pooling: float, skew: float = 0.0, share: float = 1.0) -> Access:
+    table = TableShape(rows, 128, pooling=pooling, skew=skew)
+    shards = (ShardShape(table, int(share * rows), 128, "row_wise"),)
+    return table_access(workload(tables=(table,), shards=shards, batch=2048.0))
+
+
+def test_rows_are_paid_once_and_their_repeats_as_ids() -> None:
+    """A small table, or a popular part of one, is mostly repeats."""
+    large, small, popular = touched(10**7, 32), touched(100, 32), touched(10**7, 32, skew=1.2)
+    assert large.ids == small.ids == popular.ids == 2048 * 32
+    assert large.rows > 0.99 * large.ids
+    assert small.rows == pytest.approx(100)
+    assert popular.rows < 0.3 * popular.ids
+    half = touched(10**7, 32, share=0.5)
+    assert half.ids == large.ids / 2 and half.bags == large.bags
+
+
+def test_close_rows_share_a_region() -> None:
+    """64 rows of 128 columns lie in each."""
+    sparse, dense, small = touched(10**7, 1), touched(10**6, 80), touched(64, 80)
+    assert sparse.regions > 0.99 * sparse.rows
+    assert dense.regions == pytest.approx(10**6 / 64, rel=0.01)
+    assert small.regions == 1
+
+
+@pytest.mark.parametrize(("pooling", "long"), [(1.0, 0.0), (16.5, 0.5), (32.0, 1.0), (80.0, 1.0)])
+def test_repeats_in_bags(pooling: float, long: float) -> None:
+    table = TableShape(1000, 16, bags=2, pooling=pooling)
+    clip = step_counts(workload(tables=(table,)))["clip"]
+    ids = BATCH * 2 * pooling
+    assert (clip.short_bag_ids, clip.long_bag_ids) == ((1 - long) * ids, long * ids)
 
 
 @pytest.mark.parametrize("skew", [0.0, 0.6, 1.0, 1.2])
@@ -106,7 +141,7 @@ def test_an_unknown_mechanism() -> None:
 def test_every_kind_of_work_has_a_price() -> None:
     """Doubling a rate or a cost moves the total of some step: none is forgotten."""
     rates = MachineRates.shipped()
-    table = TableShape(rows=10**6, dim=16)
+    table = TableShape(rows=10**6, dim=16, pooling=2.0)
     pieces = tuple(ShardShape(table, 5 * 10**5, 16, k) for k in ("row_wise", "table_wise"))
     steps = [
         workload(m, world_size=2, batch=10.0**6, tables=(table, table), shards=pieces)
@@ -118,11 +153,14 @@ def test_every_kind_of_work_has_a_price() -> None:
     for name in {f.name for f in fields(MachineRates)} - unpriced:
         value = getattr(rates, name)
         # a cost may be measured as nothing
-        double = (
-            {k: 2 * v for k, v in value.items()} if isinstance(value, dict) else 2 * value or 1e-9
+        doubled = (
+            [value | {k: 2 * v or 1e-9} for k, v in value.items()]
+            if isinstance(value, dict)
+            else [2 * value or 1e-9]
         )
-        after = [predict(w, replace(rates, **{name: double}))["total"] for w in steps]
-        assert after != before, name
+        for double in doubled:
+            after = [predict(w, replace(rates, **{name: double}))["total"] for w in steps]
+            assert after != before, name
     assert {f.name for f in fields(Work)} >= {"settle_normals"}
 
 
@@ -130,7 +168,8 @@ def test_threads_and_network() -> None:
     rates = MachineRates.shipped()
     four = rates.with_threads(2 * rates.threads)
     assert four.matmul_flops_per_second == 2 * rates.matmul_flops_per_second
-    assert four.settle_seconds_a_row == rates.settle_seconds_a_row / 2
+    assert four.settle_row_seconds == rates.settle_row_seconds / 2
+    assert four.lookup_seconds["rows"] == rates.lookup_seconds["rows"] / 2
     assert four.round_seconds == rates.round_seconds
     slow = rates.with_network(1e6, 1e-3)
     assert slow.all_to_all_bytes_per_second == 1e6 and slow.round_seconds == 1e-3
@@ -161,6 +200,8 @@ def test_rates_come_back_from_their_file(tmp_path: Path) -> None:
         ({"matmul_flops_per_second": 0}, "matmul_flops_per_second is 0"),
         ({"round_seconds": -1.0}, "round_seconds is -1"),
         ({"step_seconds": {"none": "fast"}}, "step_seconds is"),
+        ({"table_seconds": {"none": 1.0}}, "table_seconds is not of dpsgd, .*none"),
+        ({"lookup_seconds": 1e-9}, "lookup_seconds is not of bag_bytes, bags"),
     ],
 )
 def test_what_is_no_file_of_rates(change: dict[str, Any], message: str, tmp_path: Path) -> None:

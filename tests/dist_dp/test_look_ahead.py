@@ -59,10 +59,18 @@ def ahead_and_plain(rows: str) -> dict[str, Any]:
     return found
 
 
-@pytest.mark.parametrize("world_size", [1, 2])
+def all_rows() -> dict[str, dict[str, Any]]:
+    return {rows: ahead_and_plain(rows) for rows in ROWS}
+
+
+@pytest.fixture(scope="module", params=[1, 2])
+def every_rank(request: pytest.FixtureRequest) -> list[dict[str, dict[str, Any]]]:
+    return run_world(all_rows, request.param)
+
+
 @pytest.mark.parametrize("rows", ROWS)
-def test_bit_for_bit(rows: str, world_size: int) -> None:
-    for found in run_world(ahead_and_plain, world_size, rows):
+def test_bit_for_bit(rows: str, every_rank: list[dict[str, dict[str, Any]]]) -> None:
+    for found in (of_rank[rows] for of_rank in every_rank):
         assert found["settled ahead"] > 0
         assert found["different"] == []
 

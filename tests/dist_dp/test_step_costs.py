@@ -10,8 +10,10 @@ from typing import Any
 
 import pytest
 
-from dist_dp.accounting import GaussianEvent, epsilon_of
+from dist_dp.accounting import epsilon_of
 from dist_dp.errors import ConfigError
+from dist_dp.events import GaussianEvent, LaplaceEvent, PrivacyEvent, PureEvent
+from dist_dp.run_charges import RunState
 from dist_dp.step_costs import StepCosts, max_steps, sum_of
 
 LOUD, MIDDLE, QUIET = (GaussianEvent(sigma, 0.02) for sigma in (4.0, 3.0, 2.0))
@@ -22,7 +24,7 @@ BY_STEP = [MIDDLE] * 3 + [QUIET] * 2 + [LOUD] * 4 + [MIDDLE]
 
 def test_each_step_has_its_event() -> None:
     assert [COSTS.at(step) for step in range(1, 11)] == BY_STEP
-    assert COSTS.planned_steps == 10 and COSTS.dearest == QUIET
+    assert COSTS.planned_steps == 10 and COSTS.unplanned == {QUIET: 1}
     assert COSTS.planned == {MIDDLE: 4, QUIET: 2, LOUD: 4}
 
 
@@ -60,8 +62,7 @@ def test_round_trip_keeps_every_bit() -> None:
 @pytest.mark.parametrize(
     ("segments", "words"),
     [
-        ((), "0 sample rates"),
-        (((LOUD, 1), (GaussianEvent(4.0, 0.03), 1)), r"2 sample rates \[0.02, 0.03\]"),
+        ((), "without steps"),
         (((LOUD, 0),), "has 0 steps"),
         (((LOUD, True),), "has True steps"),
         (((LOUD, 1.0),), "has 1.0 steps"),
@@ -70,6 +71,48 @@ def test_round_trip_keeps_every_bit() -> None:
 def test_what_makes_no_sense_is_named(segments: Any, words: str) -> None:
     with pytest.raises(ConfigError, match=words):
         StepCosts(segments)
+
+
+def test_a_setup_is_step_0() -> None:
+    """Charged as often as it is reserved, apart from the steps."""
+    select, laplace = PureEvent(0.5), LaplaceEvent(3.0)
+    costs = StepCosts(((QUIET, 4),), setup=(select, laplace, select))
+    assert costs.between(0, 1) == {select: 2, laplace: 1}
+    assert costs.between(0, 3) == {select: 2, laplace: 1, QUIET: 2}
+    assert costs.planned == {select: 2, laplace: 1, QUIET: 4} and costs.planned_steps == 4
+    assert costs.between(5, 1) == {QUIET: 1}
+    assert StepCosts.from_json(json.loads(json.dumps(costs.to_json()))) == costs
+    with pytest.raises(ValueError, match="first step is 1"):
+        costs.at(0)
+    run = RunState("clicks", costs)
+    run.charge(0, 3)
+    assert run.charged == 2 and run.by_event == costs.between(0, 3)
+    run.charge(0, 1)
+    assert run.charged == 2 and run.by_event[select] == 4
+    run.give_back(1, 2)
+    assert run.charged == 0 and run.by_event == {select: 4, laplace: 2}
+
+
+def test_an_unplanned_step_costs_no_less_than_any_of_several_kinds() -> None:
+    mixed: tuple[PrivacyEvent, ...] = (
+        LOUD, GaussianEvent(4.0, 0.3), PureEvent(0.2), LaplaceEvent(2.0)
+    )  # fmt: skip
+    costs = StepCosts(tuple((event, 2) for event in mixed))
+    assert costs.between(9, 1) == costs.between(0, 1) == dict.fromkeys(mixed, 1)
+    beyond = epsilon_of(costs.between(9, 1), 1e-6)
+    assert all(beyond >= epsilon_of({event: 1}, 1e-6) for event in mixed)
+    with pytest.raises(ValueError, match="last planned 8"):
+        costs.at(9)
+    # A setup alone: repeating any part of it is charged as all of it.
+    once = StepCosts((), setup=(PureEvent(1.0), LOUD))
+    assert once.between(0, 2) == {PureEvent(1.0): 2, LOUD: 2} and once.planned_steps == 0
+
+
+def test_a_ledger_from_before_is_read() -> None:
+    old = {"segments": [{"noise_multiplier": 4.0, "sample_rate": 0.02, "steps": 3}]}
+    assert StepCosts.from_json(old) == StepCosts.constant(LOUD, 3)
+    with pytest.raises(ConfigError, match="another version"):
+        StepCosts.from_json({"segments": [{"kind": "later", "steps": 1}]})
 
 
 def test_max_steps_is_the_largest() -> None:

@@ -11,6 +11,7 @@ from __future__ import annotations
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 
+import numpy as np
 import torch
 from torch import Tensor, nn
 from torchrec import EmbeddingCollection, EmbeddingConfig, KeyedJaggedTensor, PoolingType
@@ -19,6 +20,8 @@ from dist_dp import kernels
 from dist_dp.noise_schedule import NoiseSchedule
 from dist_dp.optimizer import ROUNDING_MARGIN
 from dist_dp.sampling import PoissonSampler
+from dist_dp.user_records import UserRecords
+from dist_dp.user_sampling import UserSampler
 from tests.dist_dp.clicks import Clicks, random_bags
 from tests.dist_dp.gradients import SECRET, _double_weights
 from tests.dist_dp.models import DENSE, bags
@@ -26,6 +29,10 @@ from tests.dist_dp.models import DENSE, bags
 RECORDS = 36
 RATE = 0.3
 EXPECTED = RATE * RECORDS
+# The same records with users as units: up to 9 records each, of which 4 take part in a step.
+USER_COUNTS = (9, 7, 5, 4, 3, 2, 2, 1, 1, 1, 1)
+MOST_RECORDS, USER_RATE = 4, 0.5
+USERS_EXPECTED = USER_RATE * len(USER_COUNTS)
 CLIP, SIGMA = 1.45, 0.4
 DIM = 16
 LR, DECAY = 0.5, 0.1
@@ -101,6 +108,25 @@ def records() -> Clicks:
     return Clicks(torch.randn(RECORDS, DENSE, generator=g), tuple(sparse), labels)
 
 
+def users() -> UserRecords:
+    """The users, each one's records scattered over the whole data set."""
+    g = torch.Generator().manual_seed(33)
+    keys = torch.repeat_interleave(torch.arange(len(USER_COUNTS)), torch.tensor(USER_COUNTS))
+    return UserRecords(keys[torch.randperm(RECORDS, generator=g)])
+
+
+def user_sampler() -> UserSampler:
+    """Draws users and the records that take part."""
+    return UserSampler(SECRET, users(), USER_RATE, MOST_RECORDS)
+
+
+def drawn_users(step: int) -> list[list[int]]:
+    """The records of each user that is drawn at a step, in the order of the users."""
+    (part,) = user_sampler().parts(step, 0, 1)
+    ends = np.cumsum(part.user_sizes)[:-1]
+    return [records.tolist() for records in np.split(part.records, ends)]
+
+
 def parameter_of(table: str) -> str:
     """The parameter's name in the unsharded model."""
     path, name = table.split(".")
@@ -150,6 +176,7 @@ def reference(
     gamma: float = 0.8,
     clip: Callable[[int], float] = lambda _: CLIP,
     noise: Callable[[int], float] = lambda _: 1.0,
+    by_user: bool = False,
 ) -> Run:
     """The run.
 
@@ -161,6 +188,7 @@ def reference(
         gamma: Factor of the learning rates after each step.
         clip: Clip norm by step.
         noise: Factor of ``sigma`` by step.
+        by_user: Draw and clip users.
     """
     data = records()
     state = {n: p.detach().clone() for n, p in model().named_parameters()}
@@ -176,13 +204,15 @@ def reference(
     }
     rates = rates or {}
     sampler = PoissonSampler(SECRET, RECORDS, RATE)
+    expected = USERS_EXPECTED if by_user else EXPECTED
     exact = model().double()
     run = Run(state)
     for step in range(1, steps + 1):
-        sample = sampler.sample(step).tolist()
+        units = drawn_users(step) if by_user else [[r] for r in sampler.sample(step).tolist()]
+        sample = [record for unit in units for record in unit]
         for name, table in tables.items():
             table.settle(_rows(names[name], data, sample))
-        sums, norms = clipped(exact, state, [] if zero else sample, clip(step))
+        sums, norms = clipped(exact, state, [] if zero else units, clip(step))
         run.norms.append(norms)
         noised = _with_noise(
             {n: v for n, v in sums.items() if n not in tables},
@@ -193,25 +223,28 @@ def reference(
             lr, decay = rates.get(names.get(n, n), (LR, DECAY))
             lr *= gamma ** (step - 1)
             if n in tables:
-                tables[n].schedule.advance(lr, sigma * noise(step), clip(step), EXPECTED, decay)
-                value -= (lr / (1.0 - lr * decay) * sums[n] / EXPECTED).float()
+                tables[n].schedule.advance(lr, sigma * noise(step), clip(step), expected, decay)
+                value -= (lr / (1.0 - lr * decay) * sums[n] / expected).float()
             else:
-                value -= lr * (noised[n] / EXPECTED + decay * value)
+                value -= lr * (noised[n] / expected + decay * value)
     for table in tables.values():
         table.settle(torch.arange(len(table.weight)))
     return run
 
 
 def clipped(
-    exact: nn.Module, state: Mapping[str, Tensor], sample: list[int], clip: float = CLIP
+    exact: nn.Module, state: Mapping[str, Tensor], units: list[list[int]], clip: float = CLIP
 ) -> tuple[dict[str, Tensor], Tensor]:
-    """Clipped float64 sums by name, and norms by record, of a sample at some weights."""
+    """Clipped float64 sums by name, and norms by unit, of units' records at some weights."""
     data = records()
     exact.load_state_dict({n: p.double() for n, p in state.items()})
     sums = {n: torch.zeros_like(p, dtype=torch.float64) for n, p in state.items()}
     norms = []
-    for record in sample:
-        grads = _gradient(exact, data.select([record]))
+    for unit in units:
+        grads: dict[str, Tensor] = {}
+        for record in unit:
+            for n, g in _gradient(exact, data.select([record])).items():
+                grads[n] = grads[n] + g if n in grads else g
         norms.append(float(sum(g.square().sum() for g in grads.values()) ** 0.5))
         for n, g in grads.items():
             sums[n] += g * min(1.0, clip * ROUNDING_MARGIN / norms[-1])
@@ -219,7 +252,10 @@ def clipped(
 
 
 def plain(
-    steps: int, optimizer: Callable[[nn.Module], torch.optim.Optimizer], gamma: float = 0.8
+    steps: int,
+    optimizer: Callable[[nn.Module], torch.optim.Optimizer],
+    gamma: float = 0.8,
+    by_user: bool = False,
 ) -> Run:
     """The run without noise, by PyTorch's own optimizer over all parameters."""
     whole, exact = model(), model().double()
@@ -228,10 +264,11 @@ def plain(
     sampler = PoissonSampler(SECRET, RECORDS, RATE)
     run = Run({n: p.detach() for n, p in whole.named_parameters()})
     for step in range(1, steps + 1):
-        sums, norms = clipped(exact, run.state, sampler.sample(step).tolist())
+        units = drawn_users(step) if by_user else [[r] for r in sampler.sample(step).tolist()]
+        sums, norms = clipped(exact, run.state, units)
         run.norms.append(norms)
         for n, p in whole.named_parameters():
-            p.grad = (sums[n] / EXPECTED).float()
+            p.grad = (sums[n] / (USERS_EXPECTED if by_user else EXPECTED)).float()
         made.step()
         fall.step()
     return run

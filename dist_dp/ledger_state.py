@@ -85,10 +85,20 @@ class OpenLease:
 
 @dataclass
 class DatasetState:
-    """A data set: its budget, if it has one, and the runs on it."""
+    """A data set: its budget, if it has one, and the runs on it.
+
+    Attributes:
+        budget: its total.
+        run_ids: all runs, in the order in which they were opened.
+        open_ids: those that are open, likewise (a dict for its order).
+        closed_total: what all others are charged together; None after a change, until it is asked
+            for. So a lease costs as much after a thousand runs as after one.
+    """
 
     budget: DatasetBudget | None = None
     run_ids: list[str] = field(default_factory=list)
+    open_ids: dict[str, None] = field(default_factory=dict)
+    closed_total: dict[PrivacyEvent, int] | None = None
 
 
 @dataclass
@@ -136,9 +146,17 @@ class LedgerState:
         With ``rounding`` the charge of every open run is rounded up, event by event.
         Runs without noise have no event and do not compose: they are reported by name instead.
         """
-        runs = ((run_id, self.runs[run_id]) for run_id in self.datasets[dataset].run_ids)
+        item, extra = self.datasets[dataset], extra or {}
+        if item.closed_total is None:
+            closed = (run_id for run_id in item.run_ids if run_id not in item.open_ids)
+            item.closed_total = sum_of(*(self.runs[run_id].by_event for run_id in closed))
         return sum_of(
-            *(run.charge_with((extra or {}).get(run_id, {}), rounding) for run_id, run in runs)
+            item.closed_total,
+            *(more for run_id, more in extra.items() if run_id not in item.open_ids),
+            *(
+                self.runs[run_id].charge_with(extra.get(run_id, {}), rounding)
+                for run_id in item.open_ids
+            ),
         )
 
     def apply(self, entry: Entry) -> None:
@@ -183,11 +201,14 @@ class LedgerState:
             if run_id in self.runs:
                 raise LedgerError(f"run {run_id!r} opened twice")
             self.runs[run_id] = RunState(entry.dataset, _costs(details))
-            self.datasets.setdefault(entry.dataset, DatasetState()).run_ids.append(run_id)
+            item = self.datasets.setdefault(entry.dataset, DatasetState())
+            item.run_ids.append(run_id)
+            item.open_ids[run_id] = None
         elif entry.kind == "steps_reserved":
             first, steps = _natural(entry.first_step), _natural(entry.steps)
-            self.run(str(entry.run_id)).charge(first, steps)
-            self.run(str(entry.run_id)).spans[str(entry.lease_id)] = (first, first + steps - 1)
+            run = self._changing(str(entry.run_id))
+            run.charge(first, steps)
+            run.spans[str(entry.lease_id)] = (first, first + steps - 1)
             self.leases[str(entry.lease_id)] = OpenLease(str(entry.run_id), first, steps)
         elif entry.kind == "steps_settled":
             lease = self.leases.pop(str(entry.lease_id))
@@ -195,18 +216,27 @@ class LedgerState:
             if used > lease.steps:
                 raise LedgerError(f"{used} steps used of {lease.steps} leased")
             # Steps begin in order, so those that never began are the lease's last.
-            self.run(lease.run_id).spans[str(entry.lease_id)] = (
-                lease.first_step,
-                lease.first_step + used - 1,
-            )
-            self.run(lease.run_id).give_back(lease.first_step + used, lease.steps - used)
+            run = self._changing(lease.run_id)
+            run.spans[str(entry.lease_id)] = (lease.first_step, lease.first_step + used - 1)
+            run.give_back(lease.first_step + used, lease.steps - used)
         elif entry.kind == "model_released":
             run = self.run(str(entry.run_id))
             run.released_step = max(run.released_step, _natural(entry.first_step))
         elif entry.kind == "run_closed":
-            self.run(str(entry.run_id)).status = str(details["status"])
+            run = self.run(str(entry.run_id))
+            run.status = str(details["status"])
+            item = self.datasets[run.dataset]
+            item.open_ids.pop(str(entry.run_id), None)
+            item.closed_total = None
         elif entry.kind not in ("ledger_migrated", "ledger_adopted"):
             raise LedgerError(f"kind {entry.kind!r} is unknown: it needs a newer version")
+
+    def _changing(self, run_id: str) -> RunState:
+        """Return a run whose charge is about to change, also after its end (a late settlement)."""
+        run = self.run(run_id)
+        if run.status != "open":
+            self.datasets[run.dataset].closed_total = None
+        return run
 
 
 def _natural(value: int | None) -> int:

@@ -68,6 +68,7 @@ class PostgresServer:
             free.bind(("127.0.0.1", 0))
             self.port = int(free.getsockname()[1])
         self._process: subprocess.Popen[bytes] | None = None
+        self._watch: subprocess.Popen[bytes] | None = None
         self._databases = 0
         self.start()
 
@@ -89,6 +90,12 @@ class PostgresServer:
             self._process = subprocess.Popen(
                 [*command, *options], stdout=log, stderr=log, cwd="/", start_new_session=True
             )
+        # Should these tests be killed, the end of the pipe ends the server and removes its folder.
+        self._watch = subprocess.Popen(
+            ["sh", "-c", 'read _; kill -QUIT "$0"; sleep 1; rm -rf "$1"', str(self._process.pid),
+             str(self.folder)],
+            stdin=subprocess.PIPE, start_new_session=True,
+        )  # fmt: skip
         deadline = time.monotonic() + 30
         while True:
             with contextlib.suppress(Exception):
@@ -101,6 +108,11 @@ class PostgresServer:
         """Stop it: in order, or as a crash would."""
         import signal
 
+        if self._watch is not None and self._watch.stdin is not None:
+            self._watch.kill()
+            self._watch.wait()
+            self._watch.stdin.close()
+            self._watch = None
         if self._process is not None:
             self._process.send_signal(signal.SIGQUIT if at_once else signal.SIGINT)
             self._process.wait(30)

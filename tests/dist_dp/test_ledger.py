@@ -272,6 +272,22 @@ def test_charge_is_that_of_the_steps_leased_and_used(ledger: Ledger) -> None:
     assert ledger.spent("clicks").steps_by_event == {EVENT: 72}
 
 
+def test_a_settlement_after_a_run_has_ended_counts(ledger: Ledger) -> None:
+    """As when a worker's answer comes late; other runs have been charged meanwhile."""
+    register(ledger, 1.0)
+    for run_id in "ab":
+        ledger.open_run(run_id, "clicks", StepCosts.constant(EVENT, 100))
+    late = ledger.reserve("a", 1, 30)
+    ledger.close_run("a", "failed")
+    ledger.reserve("b", 1, 10)
+    assert ledger.spent("clicks").steps_by_event == {EVENT: 40}
+    ledger.settle(late.lease_id, 5)
+    for opened in (ledger, Ledger(ledger.path)):
+        assert opened.spent("clicks").steps_by_event == {EVENT: 15}
+    ledger.close_run("b", "finished")
+    assert ledger.spent("clicks").steps_by_event == {EVENT: 15}
+
+
 def test_grants_what_fits_and_then_refuses(ledger: Ledger) -> None:
     budget = (epsilon_for(57) + epsilon_for(58)) / 2
     register(ledger, budget)

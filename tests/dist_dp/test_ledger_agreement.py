@@ -145,7 +145,7 @@ class Both:
         first, steps = rng.randint(1, 60), rng.randint(1, 25)
         kind = rng.choices(
             ["reserve", "many", "settle", "open", "close", "budget", "release", "reopen"],
-            [8, 3, 6, 2, 1, 1, 1, 1],
+            [8, 3, 6, 2, 2, 1, 1, 1],
         )[0]
         if kind == "reserve":
             got = self.call("reserve", run, first, steps)
@@ -201,7 +201,7 @@ def test_random_operations_agree_with_a_plain_reference(address: str, seed: int)
         both.compare()
     both.ledger = Ledger(address)
     both.compare()
-    assert both.reference.entries > 15
+    assert both.reference.entries > 12
 
 
 def test_a_commit_beside_a_reader_is_no_false_alarm(
@@ -286,7 +286,7 @@ def _spend(address: str, home: str, number: int, pipe: Any) -> None:
     pipe.send("ready")
     pipe.recv()
     refused = 0
-    while refused < 2:
+    while refused < 2 and step < 300:
         wanted = [Reservation(run, step + 5 * n, 5) for n in range(1 + number % 3)]
         outcomes = ledger.reserve_many(wanted) if number % 2 else [_try(ledger, wanted[0])]
         for got in outcomes:

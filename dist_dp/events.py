@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Mapping, Sequence
-from dataclasses import asdict, astuple, dataclass, fields
+from dataclasses import asdict, dataclass, fields
 from typing import TYPE_CHECKING, Any, ClassVar, cast
 
 from dist_dp.errors import ConfigError
@@ -213,7 +213,7 @@ def gaussians_together(
 
 def event_order(event: PrivacyEvent) -> tuple[Any, ...]:
     """A sort key over events of all kinds."""
-    return (event.kind, *astuple(event))
+    return (event.kind, *vars(event).values())
 
 
 def event_to_json(event: PrivacyEvent) -> dict[str, Any]:

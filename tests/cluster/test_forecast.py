@@ -14,11 +14,7 @@ from dist_dp.cluster.cli import app
 from dist_dp.cost_model import MachineRates
 
 ROOT = Path(__file__).parents[2]
-FIGURES = sorted((ROOT / "docs" / "figures").glob("*.json"))
-PRESETS = sorted((ROOT / "docs" / "figures" / "presets").glob("*.json"))
-DISTURBED = {"mlperf-pooling20"}
-"""It seems to have been measured beside something else: its dense layers took twice as long as
-those of its neighbours with 10 and 30 ids in a bag, which are the same."""
+FIGURES = sorted((ROOT / "docs" / "figures").rglob("*.json"))
 MLPERF = ROOT / "examples" / "mlperf_dlrm.yaml"
 
 
@@ -34,27 +30,13 @@ def planned(*options: str) -> dict[str, Any]:
 def test_measured_steps_are_predicted(file: Path) -> None:
     """Every point of docs/performance.md, with rates measured apart from them."""
     found = compare(json.loads(file.read_text()), MachineRates.shipped())
-    assert found
+    assert len(found) >= 2
     wrong = {c.mechanism: c.error for c in found if abs(c.error) > TOLERANCE}
     assert not wrong
 
 
-@pytest.mark.parametrize(
-    "file", [f for f in PRESETS if f.stem not in DISTURBED], ids=lambda f: f.stem
-)
-def test_measured_presets_are_predicted(file: Path) -> None:
-    """Long bags, small tables, popular rows, larger batches: the floor, ``none``.
-
-    Their ``lazydp`` was measured before its kernels counted repeats and found stale rows on all
-    threads.
-    """
-    found = compare(json.loads(file.read_text()), MachineRates.shipped())
-    wrong = {c.mechanism: c.error for c in found if abs(c.error) > TOLERANCE}
-    assert "none" in {c.mechanism for c in found} and "none" not in wrong
-
-
 def test_there_are_figures() -> None:
-    assert len(FIGURES) >= 4 and len(PRESETS) >= 12
+    assert len(FIGURES) >= 16
 
 
 def test_96_gigabytes_on_8_workers() -> None:

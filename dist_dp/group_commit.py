@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import secrets
 import threading
-from concurrent.futures import Future
+from concurrent.futures import Future, ThreadPoolExecutor
 from typing import Any
 
 from dist_dp.errors import DistDpError
@@ -26,7 +26,7 @@ class GroupedLedger:
     def __init__(self, ledger: Ledger) -> None:
         self._ledger = ledger
         self._gathering = threading.Lock()
-        self._writing = threading.Lock()
+        self._writer = ThreadPoolExecutor(1, thread_name_prefix="ledger-writer")
         self._waiting: list[tuple[Reservation, Future[Lease]]] = []
 
     def __getattr__(self, name: str) -> Any:
@@ -41,15 +41,14 @@ class GroupedLedger:
         request = Reservation(run_id, first_step, steps, request_id or secrets.token_hex(16))
         with self._gathering:
             self._waiting.append((request, answer))
-        # Whoever gets this lock first writes for all that gathered while it was held.
-        with self._writing:
-            if not answer.done():
-                with self._gathering:
-                    batch, self._waiting = self._waiting, []
-                self._write(batch)
+        self._writer.submit(self._write_those_waiting)
         return answer.result()
 
-    def _write(self, batch: list[tuple[Reservation, Future[Lease]]]) -> None:
+    def _write_those_waiting(self) -> None:
+        with self._gathering:
+            batch, self._waiting = self._waiting, []
+        if not batch:
+            return  # written with one before
         try:
             outcomes = self._ledger.reserve_many([request for request, _ in batch])
         except BaseException as error:

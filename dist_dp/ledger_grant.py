@@ -36,7 +36,7 @@ def grant(state: LedgerState, run_id: str, first_step: int, steps: int) -> tuple
     budget = state.budget(run.dataset)
 
     def bounds(extra: Mapping[PrivacyEvent, int], rounding: Rounding | None) -> tuple[float, float]:
-        counts = state.counts(run.dataset, {run_id: extra}, rounding)
+        counts = state.counts(run.dataset, run_id, extra, rounding)
         alone = run.charge_with(extra, rounding)
         return epsilon_of(counts, budget.delta), epsilon_of(alone, budget.delta)
 

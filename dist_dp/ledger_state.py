@@ -6,7 +6,8 @@ reads the same entries arrives at the same spend.
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+import contextlib
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, field, replace
 from typing import Any
 
@@ -57,6 +58,10 @@ class Reservation:
     request_id: str | None = None
 
 
+# Ways to round whose totals are kept; a job asks for leases of one length, which takes three.
+_MAX_TOTALS = 16
+
+
 @dataclass(frozen=True)
 class Spend:
     """What a data set has spent: ε at its δ, by all leases that were not given back."""
@@ -90,15 +95,14 @@ class DatasetState:
     Attributes:
         budget: its total.
         run_ids: all runs, in the order in which they were opened.
-        open_ids: those that are open, likewise (a dict for its order).
-        closed_total: what all others are charged together; None after a change, until it is asked
-            for. So a lease costs as much after a thousand runs as after one.
+        totals: what all runs are charged together, by how the charges of open ones are rounded;
+            kept up to date once it was asked for, so that a lease costs as much beside a thousand
+            other runs, open or not, as alone.
     """
 
     budget: DatasetBudget | None = None
     run_ids: list[str] = field(default_factory=list)
-    open_ids: dict[str, None] = field(default_factory=dict)
-    closed_total: dict[PrivacyEvent, int] | None = None
+    totals: dict[Rounding | None, dict[PrivacyEvent, int]] = field(default_factory=dict)
 
 
 @dataclass
@@ -138,25 +142,27 @@ class LedgerState:
     def counts(
         self,
         dataset: str,
-        extra: Mapping[str, Mapping[PrivacyEvent, int]] | None = None,
+        run_id: str | None = None,
+        extra: Mapping[PrivacyEvent, int] | None = None,
         rounding: Rounding | None = None,
     ) -> dict[PrivacyEvent, int]:
-        """Return the steps charged to a data set by event, plus ``extra`` ones by run.
+        """Return the steps charged to a data set by event, with ``extra`` ones of one of its runs.
 
         With ``rounding`` the charge of every open run is rounded up, event by event.
         Runs without noise have no event and do not compose: they are reported by name instead.
         """
-        item, extra = self.datasets[dataset], extra or {}
-        if item.closed_total is None:
-            closed = (run_id for run_id in item.run_ids if run_id not in item.open_ids)
-            item.closed_total = sum_of(*(self.runs[run_id].by_event for run_id in closed))
-        return sum_of(
-            item.closed_total,
-            *(more for run_id, more in extra.items() if run_id not in item.open_ids),
-            *(
-                self.runs[run_id].charge_with(extra.get(run_id, {}), rounding)
-                for run_id in item.open_ids
-            ),
+        item = self.datasets[dataset]
+        if rounding not in item.totals:
+            if len(item.totals) >= _MAX_TOTALS:
+                item.totals.clear()
+            charges = (self.runs[known].charge_with({}, rounding) for known in item.run_ids)
+            item.totals[rounding] = sum_of(*charges)
+        total = item.totals[rounding]
+        if run_id is None:
+            return dict(total)
+        run = self.runs[run_id]
+        return _replaced(
+            total, run.charge_with({}, rounding), run.charge_with(extra or {}, rounding)
         )
 
     def apply(self, entry: Entry) -> None:
@@ -203,11 +209,11 @@ class LedgerState:
             self.runs[run_id] = RunState(entry.dataset, _costs(details))
             item = self.datasets.setdefault(entry.dataset, DatasetState())
             item.run_ids.append(run_id)
-            item.open_ids[run_id] = None
         elif entry.kind == "steps_reserved":
             first, steps = _natural(entry.first_step), _natural(entry.steps)
-            run = self._changing(str(entry.run_id))
-            run.charge(first, steps)
+            run = self.run(str(entry.run_id))
+            with self._recounted(run):
+                run.charge(first, steps)
             run.spans[str(entry.lease_id)] = (first, first + steps - 1)
             self.leases[str(entry.lease_id)] = OpenLease(str(entry.run_id), first, steps)
         elif entry.kind == "steps_settled":
@@ -216,27 +222,37 @@ class LedgerState:
             if used > lease.steps:
                 raise LedgerError(f"{used} steps used of {lease.steps} leased")
             # Steps begin in order, so those that never began are the lease's last.
-            run = self._changing(lease.run_id)
+            run = self.run(lease.run_id)
             run.spans[str(entry.lease_id)] = (lease.first_step, lease.first_step + used - 1)
-            run.give_back(lease.first_step + used, lease.steps - used)
+            with self._recounted(run):
+                run.give_back(lease.first_step + used, lease.steps - used)
         elif entry.kind == "model_released":
             run = self.run(str(entry.run_id))
             run.released_step = max(run.released_step, _natural(entry.first_step))
         elif entry.kind == "run_closed":
             run = self.run(str(entry.run_id))
-            run.status = str(details["status"])
-            item = self.datasets[run.dataset]
-            item.open_ids.pop(str(entry.run_id), None)
-            item.closed_total = None
+            with self._recounted(run):  # what is charged to a closed run is not rounded
+                run.status = str(details["status"])
         elif entry.kind not in ("ledger_migrated", "ledger_adopted"):
             raise LedgerError(f"kind {entry.kind!r} is unknown: it needs a newer version")
 
-    def _changing(self, run_id: str) -> RunState:
-        """Return a run whose charge is about to change, also after its end (a late settlement)."""
-        run = self.run(run_id)
-        if run.status != "open":
-            self.datasets[run.dataset].closed_total = None
-        return run
+    @contextlib.contextmanager
+    def _recounted(self, run: RunState) -> Iterator[None]:
+        """Around a change of what a run is charged: the data set's totals follow it."""
+        totals = self.datasets[run.dataset].totals
+        before = {rounding: run.charge_with({}, rounding) for rounding in totals}
+        yield
+        for rounding, was in before.items():
+            totals[rounding] = _replaced(totals[rounding], was, run.charge_with({}, rounding))
+
+
+def _replaced(
+    total: Mapping[PrivacyEvent, int],
+    old: Mapping[PrivacyEvent, int],
+    new: Mapping[PrivacyEvent, int],
+) -> dict[PrivacyEvent, int]:
+    """Return a total in which one part is another."""
+    return sum_of(total, {event: -count for event, count in old.items()}, new)
 
 
 def _natural(value: int | None) -> int:

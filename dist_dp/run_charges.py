@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import math
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
@@ -19,8 +20,12 @@ def part_of_plan(charged: int, planned: int) -> int:
     return math.ceil(planned * part**2 / 16)
 
 
+@functools.lru_cache(maxsize=64)
 def multiple_of(block: int) -> Rounding:
-    """Return a rounding up to the next multiple of ``block`` steps, or to the whole plan."""
+    """Return a rounding up to the next multiple of ``block`` steps, or to the whole plan.
+
+    The same function for the same block, as long as few are in use.
+    """
 
     def rounding(charged: int, planned: int) -> int:
         multiple = -(-charged // block) * block

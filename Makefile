@@ -76,8 +76,9 @@ $(STAMP):
 demo: setup  ## train a private model on two local Ray workers, on generated data
 	@$(BIN)/dist-dp demo
 
+# Two processes: one for all tests on Ray, which wait a lot, one for the others (tests/conftest.py).
 test: setup  ## run the whole test-suite
-	@$(BIN)/pytest -m '$(DESELECT)' $(PYTEST_ARGS)
+	@$(BIN)/pytest -n 2 --dist loadgroup -m '$(DESELECT)' $(PYTEST_ARGS)
 
 chaos: setup  ## kill workers at every moment, and at random: half an hour
 	@$(BIN)/pytest -s -m 'chaos' $(PYTEST_ARGS)

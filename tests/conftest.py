@@ -40,6 +40,11 @@ def _no_gpu() -> str | None:
 
 
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    for item in items:
+        # Where tests run in several processes: one Ray for all of them, and a file in one piece.
+        file = item.path.relative_to(item.config.rootpath)
+        name = "cluster" if file.parts[:2] == ("tests", "cluster") else file.as_posix()
+        item.add_marker(pytest.mark.xdist_group(name))
     for marker, why_not in (("real_data", _no_real_data), ("gpu", _no_gpu)):
         marked = [item for item in items if item.get_closest_marker(marker)]
         reason = why_not() if marked else None

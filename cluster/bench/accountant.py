@@ -1,4 +1,8 @@
-"""What charging costs: leases a second, in process and through the accountant on Ray."""
+"""What charging costs: leases a second, in process and through the accountant on Ray.
+
+A job asks for many steps at a time and ahead of their use, so what counts is how many such leases
+the accountant grants a second, to all jobs together, and how long a step waits for its own.
+"""
 
 from __future__ import annotations
 
@@ -10,7 +14,9 @@ from pathlib import Path
 from statistics import median
 from typing import Any
 
-from dist_dp.accountant import LocalAccountant
+from dist_dp.cluster.accountant import AccountantClient, start_accountant
+from dist_dp.cluster.config import ClusterConfig
+from dist_dp.cluster.ray_session import ray_session
 from dist_dp.events import GaussianEvent
 from dist_dp.group_commit import GroupedLedger
 from dist_dp.leases import StepLeases
@@ -33,21 +39,28 @@ def run(say: Callable[[str], None], *, rounds: int = 3, seconds: float = 1.0) ->
         rounds: Times that each way is measured, in turns.
         seconds: How long each time.
     """
-    with tempfile.TemporaryDirectory(prefix="dist-dp-bench-") as name:
-        ledger = Ledger(Path(name) / "ledger.sqlite")
-        ledger.register_dataset(
-            "clicks", fingerprint="bench", num_records=10**6, epsilon=1e3, delta=DELTA
-        )
-        for number in range(THREADS):
-            ledger.open_run(
-                f"run-{number}", "clicks", StepCosts.constant(EVENT, 10**6), {"planned": 10**6}
+    say("starting Ray")
+    with (
+        tempfile.TemporaryDirectory(prefix="dist-dp-bench-") as name,
+        ray_session(ClusterConfig(num_workers=1)),
+    ):
+        ledger = Ledger(Path(name) / "own.sqlite")
+        # Another file: it is never charged behind the accountant's back, as no job's is.
+        central = start_accountant(Path(name) / "central.sqlite")
+        for opened in (ledger, central):
+            opened.register_dataset(
+                "clicks", fingerprint="bench", num_records=10**6, epsilon=1e3, delta=DELTA
             )
-        grouped = GroupedLedger(ledger)
-        first = _Steps()
+            for number in range(THREADS):
+                costs = StepCosts.constant(EVENT, 10**6)
+                opened.open_run(f"run-{number}", "clicks", costs, {"planned": 10**6})
+        grouped, first = GroupedLedger(ledger), _Steps()
         ways: dict[str, Callable[[], int]] = {
             "one caller": lambda: _one(ledger.reserve, first),
             f"{THREADS} threads, sharing writes": lambda: _threads(grouped.reserve, first),
             f"{BATCH} reservations in a call": lambda: _many(ledger, first),
+            "Ray, one caller": lambda: _one(central.reserve, first),
+            f"Ray, {THREADS} threads": lambda: _threads(central.reserve, first),
         }
         rates: dict[str, list[float]] = {way: [] for way in ways}
         for number in range(rounds + 1):
@@ -59,7 +72,7 @@ def run(say: Callable[[str], None], *, rounds: int = 3, seconds: float = 1.0) ->
                 if number:  # the first composes what the others find composed
                     rates[way].append(leases / (time.perf_counter() - begin))
         say("steps that are charged ahead")
-        waits = _step_waits(ledger)
+        waits = _step_waits(central)
         return {
             "command": "dist-dp bench accountant",
             "lease_steps": LEASE_STEPS,
@@ -73,6 +86,7 @@ def run(say: Callable[[str], None], *, rounds: int = 3, seconds: float = 1.0) ->
                 }
                 for way, found in rates.items()
             ],
+            "runs": THREADS,
             "step_seconds": STEP_S,
             "wait_share_of_step": sum(waits) / (len(waits) * STEP_S),
             "longest_wait_ms": 1e3 * max(waits),
@@ -114,13 +128,13 @@ def _many(ledger: Ledger, first: _Steps) -> int:
     return BATCH
 
 
-def _step_waits(ledger: Ledger, steps: int = 200) -> list[float]:
-    """Seconds that each of so many steps of ``STEP_S`` waited for its charge.
+def _step_waits(accountant: AccountantClient, steps: int = 200) -> list[float]:
+    """Seconds that each of so many steps of ``STEP_S`` waited for its charge, from Ray's actor.
 
     The wait for the first lease of all, before any step, is left out.
     """
-    ledger.open_run("steps", "clicks", StepCosts.constant(EVENT, 10**5), {"planned": 10**5})
-    leases = StepLeases(LocalAccountant(ledger), "steps", 10**5, LEASE_STEPS)
+    accountant.open_run("steps", "clicks", StepCosts.constant(EVENT, 10**5), {"planned": 10**5})
+    leases = StepLeases(accountant, "steps", 10**5, LEASE_STEPS)
     waits = []
     for step in range(1, steps + 1):
         begin = time.perf_counter()

@@ -88,13 +88,14 @@ def accountant(
         Path | None, typer.Option("--json", help="Write the figures to this file, too.")
     ] = None,
     rounds: Annotated[int, typer.Option(min=1, help="Times each way is measured.")] = 3,
+    seconds: Annotated[float, typer.Option(min=0.1, help="How long each time.")] = 1.0,
 ) -> None:
     """Time the ledger: leases a second, and what a step waits for its charge."""
     from dist_dp.cluster.bench.accountant import run, show
     from dist_dp.cluster.bench.world import to_stderr
 
     check_writable(json_file)
-    result = run(to_stderr, rounds=rounds)
+    result = run(to_stderr, rounds=rounds, seconds=seconds)
     show(result)
     if json_file is not None:
         json_file.write_text(json.dumps(result, indent=1) + "\n", encoding="utf-8")

@@ -17,7 +17,30 @@ if TYPE_CHECKING:
 
 
 @dataclass(frozen=True, order=True)
-class GaussianEvent:
+class _NoiseEvent:
+    """Noise on a sum over a Poisson sample of the units."""
+
+    noise_multiplier: float
+    sample_rate: float = 1.0
+
+    def __post_init__(self) -> None:
+        """Normalise both values to ``float`` and check their ranges."""
+        for name in ("noise_multiplier", "sample_rate"):
+            object.__setattr__(self, name, float(getattr(self, name)))
+        if not (math.isfinite(self.noise_multiplier) and self.noise_multiplier >= 0):
+            raise ConfigError(
+                f"noise_multiplier is {self.noise_multiplier}: give a finite number of 0 or more"
+            )
+        check_sample_rate(self.sample_rate)
+
+    @property
+    def is_private(self) -> bool:
+        """Whether there is noise."""
+        return self.noise_multiplier > 0
+
+
+@dataclass(frozen=True, order=True)
+class GaussianEvent(_NoiseEvent):
     """One step of the Gaussian mechanism on a Poisson sample of the units (records or users).
 
     Args:
@@ -31,17 +54,6 @@ class GaussianEvent:
     """
 
     kind: ClassVar[str] = "gaussian"
-    noise_multiplier: float
-    sample_rate: float = 1.0
-
-    def __post_init__(self) -> None:
-        """Normalise both values to ``float`` and check their ranges."""
-        _normalise(self)
-
-    @property
-    def is_private(self) -> bool:
-        """Whether there is noise."""
-        return self.noise_multiplier > 0
 
     def to_dp_event(self, count: int = 1) -> dp_accounting.DpEvent:
         """Return ``count`` such steps in the vocabulary of ``dp_accounting``."""
@@ -77,7 +89,7 @@ class GaussianEvent:
 
 
 @dataclass(frozen=True, order=True)
-class LaplaceEvent:
+class LaplaceEvent(_NoiseEvent):
     """The Laplace mechanism on a Poisson sample of the units.
 
     Args:
@@ -89,17 +101,6 @@ class LaplaceEvent:
     """
 
     kind: ClassVar[str] = "laplace"
-    noise_multiplier: float
-    sample_rate: float = 1.0
-
-    def __post_init__(self) -> None:
-        """Normalise both values to ``float`` and check their ranges."""
-        _normalise(self)
-
-    @property
-    def is_private(self) -> bool:
-        """Whether there is noise."""
-        return self.noise_multiplier > 0
 
     def to_dp_event(self, count: int = 1) -> dp_accounting.DpEvent:
         """Return ``count`` such steps in the vocabulary of ``dp_accounting``."""
@@ -248,16 +249,6 @@ def check_sample_rate(sample_rate: float) -> None:
             f"sample_rate is {sample_rate}: it must lie in (0, 1]; it is the expected batch size "
             "over the number of records"
         )
-
-
-def _normalise(event: GaussianEvent | LaplaceEvent) -> None:
-    object.__setattr__(event, "noise_multiplier", float(event.noise_multiplier))
-    object.__setattr__(event, "sample_rate", float(event.sample_rate))
-    if not (math.isfinite(event.noise_multiplier) and event.noise_multiplier >= 0):
-        raise ConfigError(
-            f"noise_multiplier is {event.noise_multiplier}: give a finite number of 0 or more"
-        )
-    check_sample_rate(event.sample_rate)
 
 
 def _sampled(event: Any, sample_rate: float, count: int) -> dp_accounting.DpEvent:

@@ -71,6 +71,7 @@ def state_after_steps(
     return {f"{s.table} {name}": t.clone() for s in shards for name, t in s.state_tensors().items()}
 
 
+@pytest.mark.filterwarnings("ignore::dist_dp.kernels.SlowKernelsWarning")
 @pytest.mark.skipif(not PATHS, reason="no C++ compiler: there are no compiled kernels")
 @pytest.mark.parametrize("kind", [LazyDP, DPSGD, NoMechanism])
 @pytest.mark.parametrize("groups", [1, 2])

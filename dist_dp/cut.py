@@ -19,7 +19,7 @@ from dist_dp.clipping.table_uses import Tables, collection_norms
 from dist_dp.clipping.user_groups import UserGroups
 from dist_dp.clipping.user_tables import collection_norms_of_users
 from dist_dp.errors import ConfigError, ModelError, ReleaseError
-from dist_dp.id_checks import check_features, without_weights
+from dist_dp.id_checks import FeatureOrder, check_features, without_weights
 from dist_dp.id_distribution import IdDistribution
 from dist_dp.local_tables import LocalTables, LookupWatch, Reads
 from dist_dp.lookup_calls import LookupCall, Piece, WayBack
@@ -57,6 +57,9 @@ class CutEmbeddings(nn.Module):
         self.pooled = hasattr(collection, "embedding_bag_configs")
         self.weighted = bool(self.pooled and collection.is_weighted())  # type: ignore[operator]
         self.output_names: list[list[str]] = get_embedding_names_by_table(self.configs)
+        self._feature_order = FeatureOrder(
+            [name for config in self.configs for name in config.feature_names], path
+        )
         # FBGEMM binds the learning rate at the lookup. SGD is linear in the gradient, so there it
         # stays 1 and the gradient carries the rate of the step; else it is set at the lookup.
         self.linear = optimizer.kind == "sgd"
@@ -115,13 +118,10 @@ class CutEmbeddings(nn.Module):
             KeyedTensor (pooled) or dict of JaggedTensor (sequence), as TorchRec returns.
 
         Raises:
-            DataError: An id lies outside its table.
+            DataError: An id lies outside its table, or a feature is missing.
             ModelError: The id weights are themselves trained.
         """
-        if self.pooled and not self.weighted and features.weights_or_none() is not None:
-            # The unsharded collection ignores them, the sharded one would not.
-            features = without_weights(features)
-        check_features(features, self.configs, self.path)
+        features = self._checked(features)
         self._bound_rate = 1.0 if self.linear else self.learning_rate()
         for fused in self.local.fused:
             fused.set_learning_rate(self._bound_rate)
@@ -136,6 +136,15 @@ class CutEmbeddings(nn.Module):
         if self.pooled:
             return self._cut_pooled(features, output)
         return self._cut_sequence(features, output)
+
+    def _checked(self, features: Any) -> Any:
+        """What TorchRec may be given in place of these features."""
+        if self.pooled and not self.weighted and features.weights_or_none() is not None:
+            # The unsharded collection ignores them, the sharded one would not.
+            features = without_weights(features)
+        features = self._feature_order.apply(features)
+        check_features(features, self.configs, self.path)
+        return features
 
     def _look_up(self, features: Any) -> Any:
         """TorchRec's own forward, taken apart so that communication is seen for what it is."""
@@ -157,10 +166,7 @@ class CutEmbeddings(nn.Module):
 
         A collective: every rank calls it at the same point of a step.
         """
-        if self.pooled and not self.weighted and features.weights_or_none() is not None:
-            features = without_weights(features)
-        check_features(features, self.configs, self.path)
-        self._ahead = self._distribute(features)
+        self._ahead = self._distribute(self._checked(features))
 
     def reads_ahead(self) -> list[Reads]:
         """What the lookups of the batch ahead will read here, kernel by kernel, but no replicas.

@@ -14,6 +14,58 @@ from dist_dp.errors import DataError, ModelError
 _UNSIGNED = {torch.int32: np.uint32, torch.int64: np.uint64}
 
 
+class FeatureOrder:
+    """Gives a collection its features in one order, that of its first batch, whatever comes.
+
+    TorchRec notes at the first batch at which place each feature stands, and goes by place from
+    then on. Clipping and the checks of ids go by name. Were the two to part, bags would be looked
+    up in other features' tables and updated there, clipped by the wrong norm.
+
+    Guarantee:
+        What is looked up, checked and clipped for a feature is what the batch holds under its
+        name.
+
+    Args:
+        names: The features that the collection looks up.
+        path: The collection's path in the model, for messages.
+    """
+
+    def __init__(self, names: Sequence[str], path: str) -> None:
+        self._names = names
+        self._path = path
+        self._order: list[str] | None = None
+
+    def apply(self, features: Any) -> Any:
+        """The same features in the order of the first ones.
+
+        Args:
+            features: KeyedJaggedTensor.
+
+        Raises:
+            DataError: A feature is missing or comes twice.
+        """
+        keys: list[str] = features.keys()
+        if keys == self._order:
+            return features
+        missing = [name for name in self._order or self._names if name not in keys]
+        if missing:
+            why = "the first batch had" if self._order else "one of its tables needs"
+            raise DataError(
+                f"collection '{self._path}': feature '{missing[0]}' is missing from a batch, and "
+                f"{why} it; give a feature without ids empty bags"
+            )
+        twice = {name for name in keys if keys.count(name) > 1}
+        if twice:
+            raise DataError(
+                f"collection '{self._path}': feature '{min(twice)}' comes twice in a batch; "
+                "put its ids into one bag"
+            )
+        if self._order is None:
+            self._order = list(keys)
+            return features
+        return features.permute([keys.index(name) for name in self._order])
+
+
 def check_features(features: Any, configs: Sequence[Any], path: str) -> None:
     """Refuses ids outside their table, and weights that are trained.
 

@@ -10,6 +10,7 @@ from unittest import mock
 
 import torch
 from torch import Tensor, nn
+from torchrec import KeyedJaggedTensor
 
 from dist_dp.distributed import rank, world_size
 from dist_dp.optimizer_settings import optimizer_settings
@@ -141,12 +142,20 @@ def private_step(
     *,
     reduction: str = "mean",
     fault: str | None = None,
+    reordered: bool = False,
 ) -> dict[str, Any]:
-    """This rank's view of one private step: norms, dense sums, sums of its table pieces."""
+    """This rank's view of one private step: norms, dense sums, sums of its table pieces.
+
+    ``reordered``: another batch is looked up before, with the features in reverse order.
+    """
     model, data = CASES[case]()
     private = build(model, kind=kind, clip=clip, loss_reduction=reduction)
     numbers, real = local_part(examples)
     batch = data.select(numbers)
+    if reordered:
+        model.eval()
+        model(batch.dense, *(reverse(features) for features in batch.sparse))
+        model.train()
     dense = {n: p.detach().clone() for n, p in private.recorder.parameters.items()}
     before = pieces(private)
     with FAULTS[fault]() if fault else mock.patch.dict({}):
@@ -166,6 +175,11 @@ def private_step(
         "dense": {n: (dense[n] - p.detach()) * unit for n, p in parameters.items()},
         "tables": {k: (before[k] - after[k]) * unit for k in before},
     }
+
+
+def reverse(features: KeyedJaggedTensor) -> KeyedJaggedTensor:
+    """The same bags, the last key first."""
+    return features.permute(list(range(len(features.keys())))[::-1])
 
 
 def all_cases(worlds: list[tuple[Any, ...]]) -> dict[tuple[Any, ...], dict[str, Any]]:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import os
 from pathlib import Path
 from typing import Annotated
 
@@ -101,14 +102,21 @@ def accountant(
         json_file.write_text(json.dumps(result, indent=1) + "\n", encoding="utf-8")
 
 
-def check_writable(json_file: Path | None) -> None:
-    """Refuses, before anything is measured, a file whose folder is missing.
+def check_writable(file: Path | None, option: str = "--json") -> None:
+    """Refuses, before anything is measured, a file that could not be written in the end.
 
     Raises:
-        typer.BadParameter: There is no such folder.
+        typer.BadParameter: There is no such folder, it may not be written to, or it is the file.
     """
-    if json_file is not None and not json_file.resolve().parent.is_dir():
-        raise typer.BadParameter(f"no folder {json_file.parent}", param_hint="--json")
+    if file is None:
+        return
+    folder = file.resolve().parent
+    if not folder.is_dir():
+        raise typer.BadParameter(f"no folder {file.parent}", param_hint=option)
+    if file.is_dir():
+        raise typer.BadParameter(f"{file} is a folder; name a file", param_hint=option)
+    if not os.access(file if file.exists() else folder, os.W_OK):
+        raise typer.BadParameter(f"{file} may not be written", param_hint=option)
 
 
 @bench_app.command("scaling")
@@ -144,7 +152,7 @@ def scaling(
     from dist_dp.cluster.bench.world import to_stderr
 
     check_writable(json_file)
-    check_writable(plot)
+    check_writable(plot, "--plot")
     if from_json is not None:
         result = json.loads(from_json.read_text(encoding="utf-8"))
     else:

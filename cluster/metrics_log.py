@@ -17,6 +17,7 @@ import numpy as np
 import numpy.typing as npt
 
 from dist_dp.errors import ConfigError, DataError
+from dist_dp.limits import MAX_METRICS_BYTES, read_whole
 
 if TYPE_CHECKING:
     from torch.utils.tensorboard import SummaryWriter
@@ -168,10 +169,11 @@ def read_metrics(folder: Path) -> dict[str, npt.NDArray[np.float64]]:
 
     path = Path(folder) / METRICS_FILE
     try:
-        content = path.read_bytes()
-    except OSError as error:
+        content = read_whole(path, MAX_METRICS_BYTES)
+    except (OSError, ValueError) as error:
+        why = error.strerror if isinstance(error, OSError) else error
         raise DataError(
-            f"Cannot read {path} ({error.strerror}); give the folder of a training run."
+            f"Cannot read {path} ({why}); give the folder of a training run."
         ) from error
     content = content[: content.rfind(b"\n") + 1]
     if not content:

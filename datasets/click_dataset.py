@@ -13,10 +13,10 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
-import pyarrow as pa
 from numpy.lib.stride_tricks import as_strided
 from numpy.typing import NDArray
 
+from dist_dp.arrow_file import ArrowFile
 from dist_dp.datasets.schema import DataSchema, SparseFeature
 from dist_dp.datasets.stored import USER, stored_schema
 from dist_dp.errors import DataError
@@ -33,14 +33,14 @@ class _MappedFile:
     def __init__(self, path: Path, schema: DataSchema, rows: int) -> None:
         remedy = "convert the source again with overwrite=True"
         try:
-            source = pa.memory_map(str(path), "r")
-            self._whole = source.read_buffer()
-            reader = pa.ipc.open_file(pa.BufferReader(self._whole))
-            self._batches = [reader.get_batch(i) for i in range(reader.num_record_batches)]
-        except (pa.ArrowInvalid, OSError) as error:
+            file = ArrowFile(path)
+            if file.schema != stored_schema(schema):
+                raise DataError(f"{path}: its columns are not those of the schema; {remedy}")
+            self._batches = list(file.batches())
+        except ValueError as error:
             raise DataError(f"{path}: is damaged ({error}); {remedy}") from error
-        if reader.schema != stored_schema(schema):
-            raise DataError(f"{path}: its columns are not those of the schema; {remedy}")
+        self.path = path
+        self._whole = file.whole
         self.first_row = np.cumsum([0] + [b.num_rows for b in self._batches]).astype(np.int64)
         if self.first_row[-1] != rows:
             raise DataError(
@@ -60,6 +60,10 @@ class _MappedFile:
             offset = (data.address - self._whole.address) if data is not None else 0
             result.append(offset // itemsize)
         return np.array(result, dtype=np.int64)
+
+    def list_values(self, column: str) -> NDArray[np.int64]:
+        """Per record batch: how many values all lists of a column hold together."""
+        return np.array([len(b.column(column).values) for b in self._batches], dtype=np.int64)
 
     def whole(self, column: str) -> NDArray[Any]:
         """All values of a column of numbers, copied."""
@@ -91,15 +95,24 @@ class _Bags:
         self._offsets = _sliding(offsets, 2)
         self._words = file.words(dtype)
         self._value_starts = file.starts(column, 3, self._words.itemsize)
+        self._values = file.list_values(column)
+        self._path = file.path
 
     def __call__(
         self, part: NDArray[np.int64], local: NDArray[np.int64]
     ) -> tuple[NDArray[np.int32], NDArray[Any]]:
         """Lengths [n], and the values of all lists end to end."""
         ends = self._offsets[self._offset_starts[part] + local]
-        lengths = ends[:, 1] - ends[:, 0]
+        # A damaged offset would give values of other records, or ask for gigabytes.
+        first, last = ends[:, 0], ends[:, 1]
+        if ((first < 0) | (last < first) | (last > self._values[part])).any():
+            raise DataError(
+                f"{self._path}: is damaged (lists that do not lie in their batch); convert the "
+                "source again with overwrite=True"
+            )
+        lengths = last - first
         total = int(lengths.sum())
-        first = self._value_starts[part] + ends[:, 0]
+        first = self._value_starts[part] + first
         before = np.cumsum(lengths) - lengths
         index = np.arange(total, dtype=np.int64) + np.repeat(first - before, lengths)
         return lengths, self._words[index]

@@ -189,11 +189,15 @@ def read_metrics(folder: Path) -> dict[str, npt.NDArray[np.float64]]:
         raise DataError(
             f"{path} is not a table of numbers ({error}); restore it, or delete it to go without."
         ) from error
-    if "step" not in table.column_names:
+    try:
+        names = table.column_names
+    except UnicodeDecodeError:
+        names = []
+    if "step" not in names:
         raise DataError(f"{path} has no column 'step'; it was not written by a training run.")
     columns = {
         name: np.asarray(table[name].to_numpy(), dtype=np.float64)
-        if name in table.column_names
+        if name in names
         else np.full(table.num_rows, np.nan)
         for name in STEP_COLUMNS
     }

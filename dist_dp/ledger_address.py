@@ -19,7 +19,7 @@ _POSTGRESQL = ("postgresql", "postgresql+psycopg")
 _PLACE = ("host", "hostaddr", "port", "dbname", "service")
 _ENVIRONMENT = "DIST_DP_LEDGER"
 INSTEAD_OF_A_PASSWORD = (
-    "name a file in PGPASSFILE or ?passfile=… (or write ~/.pgpass, or set PGPASSWORD)"
+    "name a file in PGPASSFILE or ?passfile=… (or write ~/.pgpass)"
 )
 
 

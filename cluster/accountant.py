@@ -1,7 +1,10 @@
 """The central accountant: one detached Ray actor for each ledger, and a plain client for it.
 
 The actor runs on the node where it was started: a ledger in a file is a file of that node, and one
-on a server is reached with what the driver's environment says. It keeps nothing in memory that is
+on a server is reached with what the driver's environment says. Ray keeps what an actor is started
+with, in clear, in the memory of the cluster's head (and in Redis, if it has one), so a password is
+never among it: it is refused in the environment and in the URL, and the actor reads it from a file
+of its node. It keeps nothing in memory that is
 not in the ledger: when its process dies, Ray starts it again and it reads the ledger anew.
 """
 
@@ -33,7 +36,8 @@ class AccountantActor:
     Args:
         address: the ledger. It is opened at the first call, so that a damaged one is an error of
             that call and not of the actor's start.
-        environment: the driver's ways to connect to a server (``PGPASSFILE`` and the like).
+        environment: the driver's ways to connect to a server (``PGPASSFILE`` and the like); no
+            password.
     """
 
     def __init__(self, address: LedgerAddress, environment: dict[str, str]) -> None:
@@ -150,17 +154,21 @@ def start_accountant(
     There is at most one for a ledger in a cluster, whoever asks first; it outlives the job that
     started it. Ray must be initialised.
 
+    A password must lie in a file of this node (``PGPASSFILE``, ``?passfile=``, ``~/.pgpass``).
+
     Args:
         ledger: a file on a local disk of this node, or the URL of a server.
         timeout_s: how long the client waits for an answer.
 
     Raises:
-        LedgerError: the ledger cannot be opened, or the accountant does not answer.
+        LedgerError: the ledger cannot be opened, the accountant does not answer, or a password
+            would have to be sent to it.
     """
     import ray
     from ray.util.scheduling_strategies import NodeAffinitySchedulingStrategy
 
     address = ledger_address(ledger)
+    _check_no_password(address)
     here = NodeAffinitySchedulingStrategy(ray.get_runtime_context().get_node_id(), soft=False)
     ray.remote(AccountantActor).options(
         name=_actor_name(address),
@@ -179,9 +187,24 @@ def start_accountant(
     return client
 
 
+def _check_no_password(address: LedgerAddress) -> None:
+    """Refuses a password that Ray would keep where others can read it."""
+    if address.is_file:
+        return
+    given = "$DIST_DP_LEDGER" if address.secrets else "$PGPASSWORD"
+    if address.secrets or os.environ.get("PGPASSWORD"):
+        raise LedgerError(
+            f"the password of ledger {address} is in {given}, which a run under Ray would have to "
+            "hand to its accountant, and Ray keeps that in clear: take it out, write it to a file "
+            "of mode 0600 on this node, a line host:port:database:user:password, and name that in "
+            "PGPASSFILE or ?passfile=… (or write ~/.pgpass)"
+        )
+
+
 def _connecting() -> dict[str, str]:
     """What the environment says about connecting to a server, and where witnesses are kept."""
-    return {k: v for k, v in os.environ.items() if k.startswith("PG") or k == "XDG_DATA_HOME"}
+    names = [k for k in os.environ if k.startswith("PG") or k == "XDG_DATA_HOME"]
+    return {k: os.environ[k] for k in names if k != "PGPASSWORD"}
 
 
 def _actor_name(address: LedgerAddress) -> str:

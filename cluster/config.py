@@ -17,9 +17,11 @@ from pydantic import (
     model_validator,
 )
 
+from dist_dp.cluster.yaml_text import read_yaml
 from dist_dp.datasets.schema import DataSchema
 from dist_dp.errors import ConfigError, LedgerError
 from dist_dp.ledger_address import ledger_address
+from dist_dp.limits import MAX_CONFIG_BYTES, read_whole
 from dist_dp.noise_grid import read_spacing
 from dist_dp.schedules import ScheduleConfig
 from dist_dp.sharding import ShardingKind
@@ -47,6 +49,8 @@ CHANGEABLE = (
 )
 """What may change when a run goes on: where it runs and is saved, not what it computes."""
 
+# Text for people and the ledger: nothing that moves a terminal's cursor.
+_ONE_LINE = r"^[^\x00-\x1f\x7f]+$"
 Fraction = Annotated[float, Field(ge=0, le=1)]
 LayerSize = Annotated[int, Field(ge=1)]
 
@@ -71,7 +75,7 @@ class DataConfig(_Section):
     """
 
     path: str | None = None
-    name: Annotated[str, Field(min_length=1)] | None = None
+    name: Annotated[str, Field(min_length=1, max_length=200, pattern=_ONE_LINE)] | None = None
     format: Literal["auto", "criteo", "movielens-100k", "movielens-1m", "parquet"] = "auto"
     columns: DataSchema | None = None
     user: Annotated[str, Field(min_length=1)] | None = None
@@ -402,7 +406,7 @@ class OutputConfig(_Section):
     """
 
     folder: str = "runs"
-    name: Annotated[str, Field(pattern=r"^[A-Za-z0-9][A-Za-z0-9._-]*$")] | None = None
+    name: Annotated[str, Field(pattern=r"^[A-Za-z0-9][A-Za-z0-9._-]{0,99}$")] | None = None
     tensorboard: bool = True
     live_metrics: Literal["none", "ledger", "all"] = "ledger"
 
@@ -463,12 +467,11 @@ def load_config(path: str | Path | None, overrides: Mapping[str, Any] | None = N
     values: Any = {}
     if path is not None:
         try:
-            values = yaml.safe_load(Path(path).read_text(encoding="utf-8")) or {}
+            values = read_yaml(read_whole(Path(path), MAX_CONFIG_BYTES)) or {}
         except OSError as error:
             raise ConfigError(f"cannot read the configuration '{path}': {error.strerror}") from None
-        except (yaml.YAMLError, UnicodeDecodeError) as error:
-            place = " ".join(str(error).split())
-            raise ConfigError(f"'{path}' is no valid YAML: {place}") from None
+        except ValueError as error:
+            raise ConfigError(f"cannot read the configuration '{path}': {error}") from None
         if not isinstance(values, dict):
             raise ConfigError(f"'{path}' must hold keys and values at its top level")
     for key, value in (overrides or {}).items():
@@ -500,8 +503,8 @@ def parse_overrides(pairs: Sequence[str]) -> dict[str, Any]:
         if not equals or not key:
             raise ConfigError(f"--set {pair}: write KEY=VALUE, for instance train.steps=100")
         try:
-            result[key.strip()] = yaml.safe_load(value)
-        except yaml.YAMLError:
+            result[key.strip()] = read_yaml(value)
+        except ValueError:
             raise ConfigError(f"--set {pair}: the value is no valid YAML") from None
     return result
 

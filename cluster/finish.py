@@ -15,6 +15,7 @@ from typing import TYPE_CHECKING, Any
 from dist_dp.cluster.run_folder import keep_release, replace, write_summary
 from dist_dp.distributed import barrier, broadcast_object, rank
 from dist_dp.errors import CheckpointError
+from dist_dp.limits import read_json
 from dist_dp.release import publish_recorded
 
 if TYPE_CHECKING:
@@ -41,6 +42,13 @@ def trail_file(run_folder: Path) -> Path:
 
 def _pending_file(run_folder: Path) -> Path:
     return private_folder(run_folder) / "ending.json"
+
+
+def _read_pending(run_folder: Path) -> dict[str, Any]:
+    ending = read_json(_pending_file(run_folder))
+    if not isinstance(ending, dict) or not {"summary", "step", "close_as"} <= ending.keys():
+        raise ValueError("it is not how a run ends")
+    return ending
 
 
 def finish(run: Run) -> None:
@@ -103,7 +111,7 @@ def finished_before(job: Job, accountant: Any) -> bool:
 
     def look() -> bool:
         try:
-            ending = json.loads(_pending_file(folder).read_text(encoding="utf-8"))
+            ending = _read_pending(folder)
         except (OSError, ValueError):
             return False
         if not accountant.knows_run(job.run_name):
@@ -121,7 +129,7 @@ def finished_before(job: Job, accountant: Any) -> bool:
 
 def _conclude(folder: Path, run_name: str, accountant: Any) -> None:
     """Rank 0, once the release can be seen. May be done again from the start."""
-    ending = json.loads(_pending_file(folder).read_text(encoding="utf-8"))
+    ending = _read_pending(folder)
     write_summary(folder, ending["summary"])
     if ending["close_as"] is None:
         _pending_file(folder).unlink()

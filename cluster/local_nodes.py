@@ -26,6 +26,7 @@ from pathlib import Path
 from dist_dp.cluster.loopback import HOST, START_HOOK
 from dist_dp.cluster.processes import Process
 from dist_dp.errors import ConfigError, DistDpError
+from dist_dp.limits import read_json
 
 START_TIMEOUT_S = 60.0
 DRAIN_S = 3
@@ -81,7 +82,7 @@ def read_state() -> LocalCluster | None:
     """
     path = state_file()
     try:
-        values = json.loads(path.read_text(encoding="utf-8"))
+        values = read_json(path)
         nodes = tuple(Process(**node) for node in values.pop("nodes"))
         return LocalCluster(**values, nodes=nodes)
     except FileNotFoundError:

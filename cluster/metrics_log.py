@@ -17,6 +17,7 @@ import numpy as np
 import numpy.typing as npt
 
 from dist_dp.errors import ConfigError, DataError
+from dist_dp.limits import MAX_METRICS_BYTES, read_whole
 
 if TYPE_CHECKING:
     from torch.utils.tensorboard import SummaryWriter
@@ -168,10 +169,11 @@ def read_metrics(folder: Path) -> dict[str, npt.NDArray[np.float64]]:
 
     path = Path(folder) / METRICS_FILE
     try:
-        content = path.read_bytes()
-    except OSError as error:
+        content = read_whole(path, MAX_METRICS_BYTES)
+    except (OSError, ValueError) as error:
+        why = error.strerror if isinstance(error, OSError) else error
         raise DataError(
-            f"Cannot read {path} ({error.strerror}); give the folder of a training run."
+            f"Cannot read {path} ({why}); give the folder of a training run."
         ) from error
     content = content[: content.rfind(b"\n") + 1]
     if not content:
@@ -187,11 +189,15 @@ def read_metrics(folder: Path) -> dict[str, npt.NDArray[np.float64]]:
         raise DataError(
             f"{path} is not a table of numbers ({error}); restore it, or delete it to go without."
         ) from error
-    if "step" not in table.column_names:
+    try:
+        names = table.column_names
+    except UnicodeDecodeError:
+        names = []
+    if "step" not in names:
         raise DataError(f"{path} has no column 'step'; it was not written by a training run.")
     columns = {
         name: np.asarray(table[name].to_numpy(), dtype=np.float64)
-        if name in table.column_names
+        if name in names
         else np.full(table.num_rows, np.nan)
         for name in STEP_COLUMNS
     }

@@ -11,6 +11,7 @@ from torch import Tensor, nn
 from dist_dp.cluster.config import ModelConfig
 from dist_dp.datasets.schema import DataSchema
 from dist_dp.errors import ConfigError, ModelError
+from dist_dp.file_names import why_no_path
 
 
 def build_model(config: ModelConfig, schema: DataSchema, *, meta_tables: bool = True) -> nn.Module:
@@ -64,13 +65,20 @@ def embedding_bags(schema: DataSchema, embedding_dim: int, *, meta: bool = True)
         meta: Allocate nothing yet.
 
     Raises:
-        ConfigError: Features that share a table differ in pooling.
+        ConfigError: Features that share a table differ in pooling, or a name cannot be used.
     """
     from torchrec import EmbeddingBagCollection, EmbeddingBagConfig, PoolingType
 
     tables: dict[str, EmbeddingBagConfig] = {}
     for feature in schema.sparse:
         pooling = PoolingType.SUM if feature.pooling == "sum" else PoolingType.MEAN
+        # A module of torch for each table, and a folder of the release.
+        why = why_no_path(feature.table_name)
+        if why is not None or "." in feature.table_name:
+            raise ConfigError(
+                f"the table {feature.table_name!r} of feature '{feature.name}' {why or 'has a dot'}"
+                ", so it can name neither a module nor a folder; give it another name (table)"
+            )
         table = tables.get(feature.table_name)
         if table is None:
             tables[feature.table_name] = EmbeddingBagConfig(

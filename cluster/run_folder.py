@@ -7,7 +7,10 @@ from datetime import datetime
 from pathlib import Path
 from typing import Any
 
+from dist_dp.durable import for_the_owner
 from dist_dp.errors import ConfigError, DataError
+from dist_dp.file_names import safe_name
+from dist_dp.limits import read_json
 
 MARK = "config.yaml"
 
@@ -32,7 +35,8 @@ def create_run_folder(runs: Path, name: str | None, dataset: str) -> Path:
     Raises:
         ConfigError: It exists already, or cannot be made.
     """
-    name = name or f"{dataset}-{datetime.now():%Y%m%d-%H%M%S}"
+    # The data set's name is free text for the ledger: "../x" must not become a path.
+    name = name or f"{safe_name(dataset)}-{datetime.now():%Y%m%d-%H%M%S}"
     folder = runs / name
     try:
         runs.mkdir(parents=True, exist_ok=True)
@@ -74,7 +78,7 @@ def read_summary(folder: Path) -> dict[str, Any]:
     """
     path = folder / "summary.json"
     try:
-        summary: dict[str, Any] = json.loads(path.read_text(encoding="utf-8"))
+        summary: dict[str, Any] = read_json(path)
     except (OSError, ValueError) as error:
         raise DataError(f"'{path}' cannot be read: {error}") from None
     return summary
@@ -82,10 +86,12 @@ def read_summary(folder: Path) -> dict[str, Any]:
 
 def keep_release(folder: Path) -> None:
     """Moves the release of an interrupted run aside, just before the run writes another."""
+    from dist_dp.release_manifest import read_manifest
+
     release = folder / "release"
     if not release.is_dir():
         return
-    manifest = json.loads((release / "release.json").read_text(encoding="utf-8"))
+    manifest = read_manifest(release)
     kept = folder / f"release-step-{manifest['settled_to_step']:06d}"
     if kept.exists():
         raise DataError(f"'{kept}' is in the way of keeping the release before; move it")
@@ -103,7 +109,10 @@ def write_config(folder: Path, config: str) -> None:
 
 
 def replace(path: Path, text: str) -> None:
-    """Writes a file, whole or not at all."""
+    """Writes a file for its owner alone (mode 0600), whole or not at all."""
     partial = path.with_name(f".{path.name}.partial")
-    partial.write_text(text, encoding="utf-8")
+    # Left by a process that died: its rights may be others.
+    partial.unlink(missing_ok=True)
+    with open(partial, "x", encoding="utf-8", opener=for_the_owner) as file:
+        file.write(text)
     partial.rename(path)

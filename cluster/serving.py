@@ -16,10 +16,12 @@ from rich.console import Console
 from rich.table import Table
 
 from dist_dp.cluster import quiet
-from dist_dp.cluster.config import ModelConfig
-from dist_dp.cluster.run_folder import release_of
+from dist_dp.cluster.config import ModelConfig, load_config
+from dist_dp.cluster.run_folder import MARK, release_of
 from dist_dp.datasets.schema import DataSchema
 from dist_dp.errors import DataError, ReleaseError
+from dist_dp.release_files import MANIFEST
+from dist_dp.release_manifest import DENSE_FILE
 from dist_dp.released import Release
 
 _COUNTS = ("examples", "skipped_rows")
@@ -64,9 +66,12 @@ def load_model(run: str | Path) -> tuple[torch.nn.Module, DataSchema]:
         The model in evaluation mode, and the schema of its data.
 
     Raises:
-        ReleaseError: It is no release, or was made by the Python API from a model that this
+        ReleaseError: It is no release, names a factory that the run's configuration does not,
+            claims other sizes than it holds, or was made by the Python API from a model that this
             package cannot build (use ``dist_dp.released.load_release`` with the model then).
     """
+    from pydantic import ValidationError
+
     from dist_dp.cluster.models import build_model
 
     release = Release.open(release_of(run))
@@ -76,11 +81,64 @@ def load_model(run: str | Path) -> tuple[torch.nn.Module, DataSchema]:
             f"'{release.folder}' does not say how its model is built (it was made by the Python "
             "API): use dist_dp.released.load_release(folder, model) with your model"
         )
-    schema = DataSchema.model_validate(info["columns"])
-    model = build_model(ModelConfig.model_validate(info["model"]), schema, meta_tables=False)
+    try:
+        schema = DataSchema.model_validate(info["columns"])
+        config = ModelConfig.model_validate(info["model"])
+    except (ValidationError, KeyError) as error:
+        raise ReleaseError(
+            f"'{release.folder / MANIFEST}' does not say how its model is built: "
+            f"{' '.join(str(error).split())[:300]}. Export the run again."
+        ) from None
+    if config.name == "custom":
+        _check_factory(Path(run), release, config)
+    else:
+        _check_sizes(release, config, schema)
+    model = build_model(config, schema, meta_tables=False)
     _allocate(model)
     release.load_into(model)
     return model.eval(), schema
+
+
+def _check_factory(run: Path, release: Release, config: ModelConfig) -> None:
+    """A release names a factory, and calling it runs code: the user must have named it too.
+
+    A run's own configuration did, so a run folder will do; a release alone may be anybody's.
+    """
+    place = run / MARK
+    named = load_config(place).model if place.is_file() else None
+    if named is None or (named.factory, named.factory_args) != (
+        config.factory,
+        config.factory_args,
+    ):
+        raise ReleaseError(
+            f"'{release.folder}' says that its model is built by {config.factory!r}, which would "
+            "be run: give the run's own folder, or, if you know the release, call "
+            "dist_dp.released.load_release(folder, model) with a model that you have built"
+        )
+
+
+def _check_sizes(release: Release, config: ModelConfig, schema: DataSchema) -> None:
+    """The model has the shapes of the release's files, before any memory is taken for it."""
+    from dist_dp.cluster.models import build_model
+
+    dense = release.dense()
+    layers = len(config.dense_arch) + len(config.over_arch)
+    if config.name == "dlrm_dcn":
+        layers += config.dcn_layers
+    if layers > len(dense):
+        raise ReleaseError(
+            f"'{release.folder / MANIFEST}' claims {layers} layers, and {DENSE_FILE} holds "
+            f"{len(dense)} tensors; export the run again"
+        )
+    try:
+        with torch.device("meta"):
+            model = build_model(config, schema)
+    except (RuntimeError, ValueError, TypeError, OverflowError) as error:
+        raise ReleaseError(
+            f"'{release.folder / MANIFEST}' describes a model that cannot be built "
+            f"({' '.join(str(error).split())[:300]}); export the run again"
+        ) from None
+    release.check_fits(model, dense)
 
 
 def _allocate(model: torch.nn.Module) -> None:

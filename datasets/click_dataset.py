@@ -13,64 +13,22 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
-import pyarrow as pa
 from numpy.lib.stride_tricks import as_strided
 from numpy.typing import NDArray
 
+from dist_dp.datasets.mapped_file import MappedFile
 from dist_dp.datasets.schema import DataSchema, SparseFeature
-from dist_dp.datasets.stored import USER, stored_schema
+from dist_dp.datasets.stored import USER
 from dist_dp.errors import DataError
 
 if TYPE_CHECKING:
     from dist_dp.datasets.batch import ClickBatch
 
-_Starts = NDArray[np.int64]
-
-
-class _MappedFile:
-    """An Arrow file, memory-mapped; gives the word at which each buffer of a column starts."""
-
-    def __init__(self, path: Path, schema: DataSchema, rows: int) -> None:
-        remedy = "convert the source again with overwrite=True"
-        try:
-            source = pa.memory_map(str(path), "r")
-            self._whole = source.read_buffer()
-            reader = pa.ipc.open_file(pa.BufferReader(self._whole))
-            self._batches = [reader.get_batch(i) for i in range(reader.num_record_batches)]
-        except (pa.ArrowInvalid, OSError) as error:
-            raise DataError(f"{path}: is damaged ({error}); {remedy}") from error
-        if reader.schema != stored_schema(schema):
-            raise DataError(f"{path}: its columns are not those of the schema; {remedy}")
-        self.first_row = np.cumsum([0] + [b.num_rows for b in self._batches]).astype(np.int64)
-        if self.first_row[-1] != rows:
-            raise DataError(
-                f"{path}: holds {self.first_row[-1]} rows, the manifest says {rows}; {remedy}"
-            )
-
-    def words(self, dtype: Any) -> NDArray[Any]:
-        """The whole file as an array of ``dtype``."""
-        size = np.dtype(dtype).itemsize
-        return np.frombuffer(self._whole, dtype=dtype, count=self._whole.size // size)
-
-    def starts(self, column: str, buffer: int, itemsize: int) -> _Starts:
-        """Per record batch: index, in words of ``itemsize`` bytes, of a buffer of a column."""
-        result = []
-        for batch in self._batches:
-            data = batch.column(column).buffers()[buffer]
-            offset = (data.address - self._whole.address) if data is not None else 0
-            result.append(offset // itemsize)
-        return np.array(result, dtype=np.int64)
-
-    def whole(self, column: str) -> NDArray[Any]:
-        """All values of a column of numbers, copied."""
-        parts = [batch.column(column).to_numpy() for batch in self._batches]
-        return np.concatenate([np.empty(0, dtype=np.int64), *parts])
-
 
 class _Rows:
     """Gathers rows of fixed width from one column."""
 
-    def __init__(self, file: _MappedFile, column: str, buffer: int, dtype: Any, width: int) -> None:
+    def __init__(self, file: MappedFile, column: str, buffer: int, dtype: Any, width: int) -> None:
         words = file.words(dtype)
         self._starts = file.starts(column, buffer, words.itemsize)
         self._stride = width
@@ -84,22 +42,31 @@ class _Rows:
 class _Bags:
     """Gathers lists of varying length from one column."""
 
-    def __init__(self, file: _MappedFile, column: str, dtype: Any) -> None:
+    def __init__(self, file: MappedFile, column: str, dtype: Any) -> None:
         # A list column has four buffers: validity, offsets, validity of the values, values.
         offsets = file.words(np.int32)
         self._offset_starts = file.starts(column, 1, 4)
         self._offsets = _sliding(offsets, 2)
         self._words = file.words(dtype)
         self._value_starts = file.starts(column, 3, self._words.itemsize)
+        self._values = file.list_values(column)
+        self._path = file.path
 
     def __call__(
         self, part: NDArray[np.int64], local: NDArray[np.int64]
     ) -> tuple[NDArray[np.int32], NDArray[Any]]:
         """Lengths [n], and the values of all lists end to end."""
         ends = self._offsets[self._offset_starts[part] + local]
-        lengths = ends[:, 1] - ends[:, 0]
+        # A damaged offset would give values of other records, or ask for gigabytes.
+        first, last = ends[:, 0], ends[:, 1]
+        if ((first < 0) | (last < first) | (last > self._values[part])).any():
+            raise DataError(
+                f"{self._path}: is damaged (lists that do not lie in their batch); convert the "
+                "source again with overwrite=True"
+            )
+        lengths = last - first
         total = int(lengths.sum())
-        first = self._value_starts[part] + ends[:, 0]
+        first = self._value_starts[part] + first
         before = np.cumsum(lengths) - lengths
         index = np.arange(total, dtype=np.int64) + np.repeat(first - before, lengths)
         return lengths, self._words[index]
@@ -136,7 +103,7 @@ class ClickDataset:
         self.schema = schema
         self.fingerprint = fingerprint
         self._arguments = (path, name, schema, rows, fingerprint)
-        file = _MappedFile(path, schema, rows)
+        file = MappedFile(path, schema, rows)
         self._rows = rows
         self._first_row = file.first_row
         self._label = _Rows(file, "label", 1, np.float32, 1)
@@ -179,7 +146,7 @@ class ClickDataset:
                 f"{self._arguments[0]}: was converted without users; name their column (data.user, "
                 "or user of the schema) and convert the source again"
             )
-        return _MappedFile(self._arguments[0], self.schema, self._rows).whole(USER)
+        return MappedFile(self._arguments[0], self.schema, self._rows).whole(USER)
 
     def __reduce__(self) -> tuple[Any, ...]:
         """Pickles the arguments alone; the receiver maps the file again."""

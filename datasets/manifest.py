@@ -6,12 +6,14 @@ import hashlib
 import json
 from collections.abc import Mapping
 from pathlib import Path
-from typing import Any
+from typing import Annotated, Any
 
 from pydantic import BaseModel, ConfigDict, Field, ValidationError
 
 from dist_dp.datasets.schema import DataSchema
 from dist_dp.errors import DataError
+from dist_dp.file_names import why_no_name, why_not_inside
+from dist_dp.limits import read_json
 
 # Stores with a column of users have version 2, so that older programs refuse them.
 FORMAT_VERSIONS = (1, 2)
@@ -48,8 +50,8 @@ class SplitInfo(_Frozen):
     """
 
     file: str
-    rows: int
-    bytes: int
+    rows: Annotated[int, Field(ge=0)]
+    bytes: Annotated[int, Field(ge=0)]
     sha256: str
     fingerprint: str
 
@@ -156,7 +158,7 @@ def load_manifest(folder: Path) -> Manifest:
     path = folder / MANIFEST_NAME
     remedy = "convert the source again with overwrite=True"
     try:
-        content: Any = json.loads(path.read_text())
+        content: Any = read_json(path)
     except FileNotFoundError:
         raise DataError(
             f"{folder}: is not a converted data set (no {MANIFEST_NAME}); convert the source first"
@@ -179,6 +181,9 @@ def load_manifest(folder: Path) -> Manifest:
         raise DataError(f"{path}: is damaged (its fingerprint does not fit its splits); {remedy}")
     for info in manifest.splits.values():
         file = folder / info.file
+        why = why_no_name(info.file) or why_not_inside(folder, info.file)
+        if why is not None:
+            raise DataError(f"{path}: names the file {info.file!r}, which {why}; {remedy}")
         size = file.stat().st_size if file.is_file() else None
         if size != info.bytes:
             found = "is missing" if size is None else f"has {size} bytes, not {info.bytes}"

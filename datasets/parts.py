@@ -20,8 +20,7 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
-import pyarrow as pa
-
+from dist_dp.arrow_file import ArrowFile
 from dist_dp.datasets.convert import write_splits
 from dist_dp.datasets.manifest import SplitInfo
 from dist_dp.datasets.readers import Reader, open_reader
@@ -29,6 +28,8 @@ from dist_dp.datasets.readers.spans import Span, lines_before
 from dist_dp.datasets.schema import DataSchema
 from dist_dp.datasets.writing import SplitWriter
 from dist_dp.errors import DataError
+from dist_dp.file_names import why_no_name
+from dist_dp.limits import read_json, read_whole
 
 DEFAULT_PART_BYTES = 256 << 20
 _PLAN = "plan.json"
@@ -149,12 +150,16 @@ def read_part(folder: Path, index: int) -> Part | None:
     """A part, or None if it is not there whole."""
     place = part_folder(folder, index)
     try:
-        values = json.loads((place / _PART).read_text())
+        values = read_json(place / _PART)
         splits = {name: SplitInfo.model_validate(info) for name, info in values["splits"].items()}
-        whole = all((place / i.file).stat().st_size == i.bytes for i in splits.values())
-    except (OSError, ValueError, KeyError):
+        skipped = {str(reason): int(count) for reason, count in values["skipped"].items()}
+        whole = all(
+            why_no_name(i.file) is None and (place / i.file).stat().st_size == i.bytes
+            for i in splits.values()
+        )
+    except (OSError, ValueError, KeyError, TypeError, AttributeError):
         return None
-    return Part(splits, values["skipped"]) if whole else None
+    return Part(splits, skipped) if whole else None
 
 
 @contextlib.contextmanager
@@ -176,7 +181,7 @@ def parts_folder(destination: Path, plan: PartsPlan) -> Iterator[Path]:
                 f"{destination}: is being converted by another process; wait until it is done"
             ) from None
         path = folder / _PLAN
-        same = path.exists() and path.read_text() == plan.to_json()
+        same = _holds(path, plan.to_json())
         for left in folder.iterdir():
             if left.is_dir() and not (same and left.name.startswith("part-")):
                 shutil.rmtree(left)
@@ -187,6 +192,13 @@ def parts_folder(destination: Path, plan: PartsPlan) -> Iterator[Path]:
             if place.exists() and read_part(folder, index) is None:
                 shutil.rmtree(place)
         yield folder
+
+
+def _holds(path: Path, text: str) -> bool:
+    try:
+        return read_whole(path) == text.encode()
+    except (OSError, ValueError):
+        return False
 
 
 def assemble(
@@ -220,16 +232,15 @@ def assemble(
 
 def _append(writer: SplitWriter, folder: Path, info: SplitInfo) -> None:
     path = folder / info.file
+    remedy = f"remove '{folder}' and convert again: the other parts are kept"
     with path.open("rb") as stream:
         if hashlib.file_digest(stream, "sha256").hexdigest() != info.sha256:
-            raise DataError(
-                f"{path}: is damaged (its sha256 is not the one noted); remove '{folder}' and "
-                "convert again: the other parts are kept"
-            )
-    with pa.memory_map(str(path)) as source:
-        batches = pa.ipc.open_file(source)
-        for position in range(batches.num_record_batches):
-            writer.write(batches.get_batch(position))
+            raise DataError(f"{path}: is damaged (its sha256 is not the one noted); {remedy}")
+    try:
+        for batch in ArrowFile(path).batches(full=True):
+            writer.write(batch)
+    except ValueError as error:
+        raise DataError(f"{path}: is damaged ({error}); {remedy}") from None
 
 
 def _rename(partial: Path, final: Path) -> None:

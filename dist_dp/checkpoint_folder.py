@@ -32,12 +32,14 @@ from dist_dp import kernels
 from dist_dp.checkpoint_storage import INDEX_FILE, write_private
 from dist_dp.durable import sync_folder
 from dist_dp.errors import CheckpointError
+from dist_dp.limits import MAX_INDEX_BYTES, read_json, read_whole
 
 FORMAT = "dist-dp-checkpoint"
 FORMAT_VERSION = 3
 INFO_FILE = "checkpoint.json"
 SECRET_FILE = "secret"
 
+_KEYS = ("numbers", "settled", "settings", "run_id", "plan", "index_sha256", "fixed_secret")
 _WHOLE = re.compile(r"save-(\d{6,})")
 _PARTIAL = re.compile(r"\.save-(\d{6,})\.partial")
 
@@ -75,7 +77,7 @@ def read_checkpoint_info(folder: Path) -> dict[str, Any]:
     folder = find_checkpoint(folder)
     path = folder / INFO_FILE
     try:
-        info = json.loads(path.read_text(encoding="utf-8"))
+        info = read_json(path)
     except (OSError, ValueError) as error:
         raise CheckpointError(f"'{path}' cannot be read: {error}") from None
     if not isinstance(info, dict) or info.get("format") != FORMAT:
@@ -85,6 +87,8 @@ def read_checkpoint_info(folder: Path) -> dict[str, Any]:
             f"'{path}' has format version {info.get('format_version')}, this package reads "
             f"{FORMAT_VERSION}; go on with the package version that wrote it"
         )
+    if missing := [key for key in _KEYS if key not in info]:
+        raise CheckpointError(f"'{path}' is damaged: it lacks '{missing[0]}'")
     seal = str(info.get("seal")).encode()
     if not hmac.compare_digest(seal, _seal(info, _secret_in(folder)).encode()):
         raise CheckpointError(
@@ -101,7 +105,11 @@ def check_index(folder: Path, info: Mapping[str, Any]) -> None:
         CheckpointError: It is damaged.
     """
     path = folder / INDEX_FILE
-    if hashlib.sha256(path.read_bytes()).hexdigest() != info["index_sha256"]:
+    try:
+        index = read_whole(path, MAX_INDEX_BYTES)
+    except (OSError, ValueError) as error:
+        raise CheckpointError(f"'{path}' cannot be read: {error}") from None
+    if hashlib.sha256(index).hexdigest() != info["index_sha256"]:
         raise CheckpointError(f"'{path}' is damaged: it was changed since it was written")
 
 
@@ -117,9 +125,10 @@ def read_secret(folder: Path) -> bytes:
 def _secret_in(folder: Path) -> bytes:
     """The secret in a checkpoint, whole or partial."""
     try:
-        secret = (folder / SECRET_FILE).read_bytes()
-    except OSError as error:
-        raise CheckpointError(f"cannot read the secret in '{folder}': {error.strerror}") from None
+        secret = read_whole(folder / SECRET_FILE, most=4096)
+    except (OSError, ValueError) as error:
+        why = error.strerror if isinstance(error, OSError) else error
+        raise CheckpointError(f"cannot read the secret in '{folder}': {why}") from None
     if len(secret) != 32:
         raise CheckpointError(f"the secret in '{folder}' is damaged")
     return secret

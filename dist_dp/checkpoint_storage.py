@@ -39,21 +39,20 @@ from torch.distributed.checkpoint.storage import StorageReader, StorageWriter, W
 from torch.futures import Future
 
 from dist_dp.checkpoint_tensors import box_of
+from dist_dp.durable import for_the_owner
 from dist_dp.errors import CheckpointError
+from dist_dp.file_names import why_not_inside
+from dist_dp.limits import MAX_INDEX_BYTES, read_json
 
 INDEX_FILE = "index.json"
 
 
 def write_private(path: Path, content: bytes) -> None:
     """Writes a new file that only its owner may read, and waits until it is on the disk."""
-    with open(path, "xb", opener=_for_the_owner) as file:
+    with open(path, "xb", opener=for_the_owner) as file:
         file.write(content)
         file.flush()
         os.fsync(file.fileno())
-
-
-def _for_the_owner(path: str, flags: int) -> int:
-    return os.open(path, flags, 0o600)
 
 
 class TensorWriter(StorageWriter):
@@ -89,7 +88,7 @@ class TensorWriter(StorageWriter):
         results: list[WriteResult] = []
         if plan.items:
             name = f"tensors-{self.rank:05d}.bin"
-            with open(self.folder / name, "xb", opener=_for_the_owner) as file:
+            with open(self.folder / name, "xb", opener=for_the_owner) as file:
                 start = 0
                 for item in plan.items:
                     tensor = planner.resolve_data(item)
@@ -155,23 +154,50 @@ class TensorReader(StorageReader):
         """
         path = self.folder / INDEX_FILE
         try:
-            tensors = json.loads(path.read_bytes())["tensors"]
-            return Metadata({name: self._describe(name, t) for name, t in tensors.items()})
+            tensors = read_json(path, MAX_INDEX_BYTES)["tensors"]
+            metadata = Metadata({name: self._describe(name, t) for name, t in tensors.items()})
+            self._check_places()
         except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
             raise CheckpointError(f"'{path}' is damaged: {error!r}") from None
+        return metadata
 
     def _describe(self, name: str, described: dict[str, Any]) -> TensorStorageMetadata:
         dtype = getattr(torch, described["dtype"])
         if not isinstance(dtype, torch.dtype):
             raise ValueError(f"no dtype: {dtype}")
+        shape = _sizes(described["shape"])
         chunks = []
         for number, chunk in enumerate(described["chunks"]):
-            sizes = torch.Size(chunk["sizes"])
-            chunks.append(ChunkStorageMetadata(torch.Size(chunk["offsets"]), sizes))
+            sizes, offsets = _sizes(chunk["sizes"]), _sizes(chunk["offsets"])
+            if not len(sizes) == len(offsets) == len(shape) or any(
+                o + n > whole for o, n, whole in zip(offsets, sizes, shape, strict=True)
+            ):
+                raise ValueError(f"a chunk of '{name}' lies outside it")
+            chunks.append(ChunkStorageMetadata(offsets, sizes))
             self._places[name, number] = chunk
             self._chunks[name, number] = (dtype, tuple(sizes))
-        shape = torch.Size(described["shape"])
+        if sum(math.prod(chunk.sizes) for chunk in chunks) != math.prod(shape):
+            raise ValueError(f"the chunks of '{name}' are not the whole of it")
         return TensorStorageMetadata(TensorProperties(dtype=dtype), shape, chunks)
+
+    def _check_places(self) -> None:
+        """Every chunk lies in its file, and all together are no more than the files."""
+        sizes: dict[str, int] = {}
+        left: dict[str, int] = {}
+        for key, place in self._places.items():
+            dtype, shape = self._chunks[key]
+            name, (start,) = place["file"], _sizes([place["start"]])
+            if name not in sizes:
+                why = why_not_inside(self.folder, name)
+                if why is not None:
+                    raise ValueError(f"it names the file {name!r}, which {why}")
+                if not (self.folder / name).is_file():
+                    raise ValueError(f"'{name}' is missing")
+                sizes[name] = left[name] = (self.folder / name).stat().st_size
+            held = math.prod(shape) * dtype.itemsize
+            left[name] -= held
+            if left[name] < 0 or start + held > sizes[name]:
+                raise ValueError(f"it claims more of '{key[0]}' than '{name}' holds")
 
     def set_up_storage_reader(
         self, metadata: Metadata, is_coordinator: bool, *args: Any, **kwargs: Any
@@ -209,8 +235,7 @@ class TensorReader(StorageReader):
     def _read(self, chunk: tuple[str, int]) -> Tensor:
         place = self._places[chunk]
         dtype, shape = self._chunks[chunk]
-        # A file name, never a path: nothing outside the folder is read.
-        path = self.folder / Path(place["file"]).name
+        path = self.folder / place["file"]
         raw = torch.empty(math.prod(shape) * dtype.itemsize, dtype=torch.uint8)
         content = raw.numpy().data
         with open(path, "rb") as file:
@@ -226,6 +251,13 @@ class TensorReader(StorageReader):
     def validate_checkpoint_id(cls, checkpoint_id: str | os.PathLike[str]) -> bool:
         """False: this storage is always named explicitly."""
         return False
+
+
+def _sizes(values: Any) -> torch.Size:
+    """Sizes as they are saved; raises ValueError for what is no list of them."""
+    if not isinstance(values, list) or not all(type(n) is int and 0 <= n < 2**63 for n in values):
+        raise ValueError(f"no sizes: {str(values)[:100]}")
+    return torch.Size(values)
 
 
 def _bytes_of(tensor: Tensor) -> memoryview:

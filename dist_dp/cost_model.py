@@ -13,6 +13,7 @@ from pathlib import Path
 from typing import Any
 
 from dist_dp.errors import ConfigError
+from dist_dp.limits import read_json
 from dist_dp.step_counts import step_counts
 from dist_dp.step_shapes import FLOAT, MECHANISMS, Workload
 from dist_dp.step_work import Access, Work
@@ -143,7 +144,7 @@ class MachineRates:
         """
         remedy = "make it with dist-dp bench machine --json FILE"
         try:
-            values: Any = json.loads(path.read_text(encoding="utf-8"))
+            values: Any = read_json(path)
         except (OSError, ValueError) as error:
             raise ConfigError(
                 f"cannot read the machine's rates '{path}': {error}; {remedy}"

@@ -18,9 +18,7 @@ _POSTGRESQL = ("postgresql", "postgresql+psycopg")
 # What tells one database from another; everything else in a URL is about how to connect.
 _PLACE = ("host", "hostaddr", "port", "dbname", "service")
 _ENVIRONMENT = "DIST_DP_LEDGER"
-INSTEAD_OF_A_PASSWORD = (
-    "name a file in PGPASSFILE or ?passfile=… (or write ~/.pgpass, or set PGPASSWORD)"
-)
+INSTEAD_OF_A_PASSWORD = "name a file in PGPASSFILE or ?passfile=… (or write ~/.pgpass)"
 
 
 @dataclass(frozen=True)

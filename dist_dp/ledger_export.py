@@ -8,7 +8,6 @@ leads through it.
 from __future__ import annotations
 
 import contextlib
-import json
 import os
 import secrets
 from collections.abc import Iterator
@@ -26,6 +25,7 @@ from dist_dp.ledger_entry import (
     check_follows,
 )
 from dist_dp.ledger_state import LedgerState
+from dist_dp.limits import parse_json, read_lines
 
 FORMAT, VERSION = "dist-dp-ledger", 2
 
@@ -77,14 +77,15 @@ def verify_export(path: Path) -> tuple[Position, LedgerState]:
     """
     try:
         with path.open(encoding="utf-8") as file:
-            head = _read_head(file.readline(), path)
+            lines = read_lines(file)
+            head = _read_head(next(lines, ""), path)
             position, state = Position.beginning(head.ledger_id), LedgerState()
-            for entry in _read_entries(file):
+            for entry in _read_entries(lines):
                 position = check_follows(position, entry)
                 state.apply(entry)
     except LedgerDamageError as error:
         raise LedgerDamageError(f"the export '{path}' is damaged: {error}") from error
-    except (OSError, UnicodeDecodeError) as error:
+    except (OSError, ValueError) as error:
         raise DataError(f"cannot read '{path}': {error}") from error
     if position != head:
         raise LedgerDamageError(
@@ -97,7 +98,7 @@ def verify_export(path: Path) -> tuple[Position, LedgerState]:
 
 def _read_head(line: str, path: Path) -> Position:
     try:
-        about = json.loads(line)
+        about = parse_json(line)
         known = about["format"] == FORMAT and about["version"] == VERSION
     except (ValueError, KeyError, TypeError):
         known = False
@@ -112,7 +113,8 @@ def _read_head(line: str, path: Path) -> Position:
 def _read_entries(lines: Iterator[str]) -> Iterator[Entry]:
     for number, line in enumerate(lines, start=2):
         try:
-            values: dict[str, Any] = json.loads(line)
-            yield Entry(**values)
+            values: dict[str, Any] = parse_json(line)
+            entry = Entry(**values)
         except (ValueError, TypeError) as error:
             raise LedgerDamageError(f"line {number} is no entry ({error})") from error
+        yield entry

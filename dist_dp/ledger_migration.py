@@ -13,7 +13,6 @@ died before it made one.
 from __future__ import annotations
 
 import contextlib
-import json
 import os
 import secrets
 import sqlite3
@@ -28,6 +27,7 @@ from dist_dp.ledger_entry import RESTORE, Entry, LedgerDamageError, Position, bo
 from dist_dp.ledger_sqlite_file import append_only
 from dist_dp.ledger_state import LedgerState
 from dist_dp.ledger_tables import SCHEMA_VERSION, Transaction, entries, meta, read_meta
+from dist_dp.limits import parse_json
 
 _AT_A_TIME = 1000
 
@@ -85,7 +85,7 @@ def _chained(connection: sa.Connection, head: Position, path: Path) -> Iterator[
                 f"entry {head.seq + 1} of the ledger {path} is missing: {RESTORE}"
             )
         try:
-            fields["details"] = json.loads(fields["details"])
+            fields["details"] = parse_json(fields["details"])
             entry = bound(head, fields)
         except (TypeError, ValueError) as error:
             raise LedgerDamageError(

@@ -20,6 +20,7 @@ from dist_dp.ledger_entry import (
     check_follows,
     checked,
 )
+from dist_dp.limits import parse_json
 
 SCHEMA_VERSION = 2
 _AT_A_TIME = 500
@@ -211,7 +212,7 @@ def write_meta(connection: sa.Connection, ledger_id: str) -> None:
 def _entry(row: sa.Row[Any]) -> Entry:
     values = dict(row._mapping)
     try:
-        details = json.loads(values.pop("details"))
+        details = parse_json(values.pop("details"))
     except (TypeError, ValueError) as error:
         raise LedgerDamageError(
             f"entry {values['seq']} cannot be read ({error}): {RESTORE}"

@@ -12,7 +12,6 @@ from __future__ import annotations
 import contextlib
 import fcntl
 import hashlib
-import json
 import os
 import secrets
 import time
@@ -22,6 +21,7 @@ from pathlib import Path
 from dist_dp.durable import sync_folder
 from dist_dp.errors import LedgerError
 from dist_dp.ledger_entry import LedgerDamageError, Position, canonical
+from dist_dp.limits import parse_json
 
 _SLOT = 512  # one sector, so that a power cut leaves a slot old or new
 _LOCK_WAIT_S = 60.0
@@ -167,7 +167,7 @@ def _slot(text: bytes) -> Position | None:
     said, _, check_sum = text.rstrip().rpartition(b" ")
     if hashlib.sha256(said).hexdigest().encode("ascii") != check_sum:
         return None
-    return Position.from_json(json.loads(said))
+    return Position.from_json(parse_json(said))
 
 
 def _latest(slots: bytes) -> Position | None:

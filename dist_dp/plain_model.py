@@ -2,12 +2,12 @@
 
 from __future__ import annotations
 
-import json
 from typing import Any, ClassVar, Self
 
 from pydantic import BaseModel, ConfigDict, ValidationError
 
 from dist_dp.errors import ConfigError
+from dist_dp.limits import parse_json
 
 
 class PlainModel(BaseModel):
@@ -48,7 +48,7 @@ class PlainModel(BaseModel):
             ConfigError: the text is not JSON, or a value is not valid.
         """
         try:
-            values = json.loads(json_data)
+            values = parse_json(bytes(json_data) if isinstance(json_data, bytearray) else json_data)
         except ValueError as error:
             raise ConfigError(f"the {cls.called} is not valid JSON: {error}") from None
         if not isinstance(values, dict):

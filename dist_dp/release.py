@@ -24,6 +24,7 @@ from torch import Tensor
 from dist_dp import release_files as files
 from dist_dp.distributed import all_gather_objects, all_together, rank
 from dist_dp.errors import ReleaseError
+from dist_dp.limits import parse_json
 from dist_dp.model_card import model_card
 from dist_dp.release_files import FileFacts
 from dist_dp.release_progress import Report
@@ -141,7 +142,7 @@ def publish_recorded(destination: Path, accountant: Any, run_id: str) -> bool:
     """
     content = None if destination.exists() else files.ready_manifest(destination)
     try:
-        privacy = json.loads(content or "{}").get("privacy", {})
+        privacy = parse_json(content or "{}").get("privacy", {})
     except ValueError:  # cut off in the middle, so the ledger does not hold it
         return False
     if privacy.get("run_id") != run_id or accountant.released_step(run_id) != privacy["steps"]:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
@@ -12,9 +11,10 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from dist_dp.arrow_file import ArrowFile
 from dist_dp.errors import ReleaseError
-from dist_dp.release import FORMAT, FORMAT_VERSION
 from dist_dp.release_files import MANIFEST, sha256_of
+from dist_dp.release_manifest import DENSE_FILE, read_manifest
 
 _AT_A_TIME = 4
 """Files whose sha256 is computed side by side."""
@@ -55,29 +55,8 @@ class Release:
             )
         if not path.is_file():
             raise ReleaseError(f"'{folder}' is no released model: it has no release.json")
-        try:
-            manifest = json.loads(path.read_text(encoding="utf-8"))
-        except ValueError as error:
-            raise ReleaseError(f"'{path}' is damaged: {error}. Export the run again.") from None
-        if not isinstance(manifest, dict) or manifest.get("format") != FORMAT:
-            raise ReleaseError(f"'{path}' does not describe a release of this package")
-        if manifest.get("format_version") != FORMAT_VERSION:
-            raise ReleaseError(
-                f"'{path}' has format version {manifest.get('format_version')}, this package "
-                f"reads {FORMAT_VERSION}; use the package version that wrote it"
-            )
-        files: dict[str, Path] = {}
-        for name, facts in manifest["files"].items():
-            file = files[name] = (folder / name).resolve()
-            if not file.is_relative_to(folder.resolve()):
-                raise ReleaseError(f"'{path}' names a file outside its folder: {name}")
-            if not file.is_file():
-                raise ReleaseError(f"'{folder}' lacks {name}; export the run again")
-            if file.stat().st_size != facts["bytes"]:
-                raise ReleaseError(
-                    f"'{file}' was changed since the release: it has {file.stat().st_size} bytes "
-                    f"instead of {facts['bytes']}; export the run again"
-                )
+        manifest = read_manifest(folder)
+        files = {name: folder / name for name in manifest["files"]}
         if verify:
             with ThreadPoolExecutor(_AT_A_TIME) as threads:
                 digests = threads.map(sha256_of, files.values())
@@ -89,10 +68,19 @@ class Release:
         return cls(folder, manifest)
 
     def dense(self) -> dict[str, Tensor]:
-        """Everything outside the tables, by name."""
+        """Everything outside the tables, by name.
+
+        Raises:
+            ReleaseError: The file is damaged.
+        """
+        from safetensors import SafetensorError
         from safetensors.torch import load_file
 
-        result: dict[str, Tensor] = load_file(self.folder / "dense.safetensors")
+        path = self.folder / DENSE_FILE
+        try:
+            result: dict[str, Tensor] = load_file(path)
+        except (SafetensorError, OSError, ValueError, KeyError) as error:
+            raise ReleaseError(f"'{path}' is damaged: {error}. Export the run again.") from None
         return result
 
     def table(self, table: str) -> Tensor:
@@ -120,13 +108,45 @@ class Release:
                 missing (the model is of no use then).
         """
         own = model.state_dict()
+        dense = self.dense()
+        shapes = self.check_fits(model, dense)
+        if unmade := [name for name in shapes if own[name].is_meta]:
+            raise ReleaseError(
+                f"the model is on the meta device ({unmade[0]}), so there is nowhere to load the "
+                "release to; give it memory first (model.to_empty)"
+            )
+        model.load_state_dict(dense, strict=False)
+        for table, name in self._targets().items():
+            self._read_into(table, own[name])
+        return model
+
+    def _targets(self) -> dict[str, str]:
+        """The name of each table's weight in the model."""
         targets: dict[str, str] = {}
         for table, info in self.manifest["tables"].items():
             kind = "embedding_bags" if info["pooled"] else "embeddings"
             targets[table] = f"{info['collection']}.{kind}.{info['name']}.weight"
-        dense = self.dense()
+        return targets
+
+    def check_fits(
+        self, model: nn.Module, dense: dict[str, Tensor] | None = None
+    ) -> dict[str, tuple[int, ...]]:
+        """Compares names and shapes with a model's, which may be on the meta device.
+
+        Args:
+            model: The model.
+            dense: What :meth:`dense` gave, if it was read before.
+
+        Returns:
+            The shape of each tensor of the release, by its name in the model.
+
+        Raises:
+            ReleaseError: They differ.
+        """
+        own = model.state_dict()
+        dense = self.dense() if dense is None else dense
         shapes = {name: tuple(value.shape) for name, value in dense.items()}
-        for table, name in targets.items():
+        for table, name in self._targets().items():
             info = self.manifest["tables"][table]
             shapes[name] = (info["rows"], info["dim"])
         own_shapes = {name: tuple(value.shape) for name, value in own.items()}
@@ -141,15 +161,7 @@ class Release:
             raise ReleaseError(
                 f"the release does not fit the model, {len(differing)} tensors differ: {listed}"
             )
-        if unmade := [name for name in shapes if own[name].is_meta]:
-            raise ReleaseError(
-                f"the model is on the meta device ({unmade[0]}), so there is nowhere to load the "
-                "release to; give it memory first (model.to_empty)"
-            )
-        model.load_state_dict(dense, strict=False)
-        for table, name in targets.items():
-            self._read_into(table, own[name])
-        return model
+        return shapes
 
     @torch.no_grad()
     def _read_into(self, table: str, target: Tensor) -> None:
@@ -170,24 +182,45 @@ class Release:
             raise ReleaseError(f"table '{table}' in '{self.folder}' is incomplete or holds NaN")
 
     def _pieces(self, table: str) -> Iterator[tuple[Tensor, int, Tensor]]:
-        """Global rows int64 ``[n]``, first column, values float32 ``[n, columns]``, mapped."""
-        import pyarrow as pa
+        """Global rows int64 ``[n]``, first column, values float32 ``[n, columns]``, mapped.
 
+        Raises:
+            ReleaseError: A file is damaged, or holds rows or columns that the table has not.
+        """
+        info = self.manifest["tables"][table]
         for name in self.manifest["files"]:
             if Path(name).parent != Path("tables", table):
                 continue
-            with pa.memory_map(str(self.folder / name)) as source:
-                file = pa.ipc.open_file(source)
-                column = int(file.schema.metadata[b"column_offset"])
-                for number in range(file.num_record_batches):
-                    batch = file.get_batch(number)
-                    embedding = batch.column("embedding")
-                    values = embedding.flatten().to_numpy(zero_copy_only=True)
-                    yield (
-                        torch.from_numpy(batch.column("row").to_numpy().copy()),
-                        column,
-                        _mapped(values).view(batch.num_rows, embedding.type.list_size),
-                    )
+            try:
+                yield from _pieces_in(self.folder / name, info["rows"], info["dim"])
+            except ValueError as error:
+                raise ReleaseError(
+                    f"'{self.folder / name}' is damaged: {error}. Export the run again."
+                ) from None
+
+
+def _pieces_in(path: Path, rows: int, dim: int) -> Iterator[tuple[Tensor, int, Tensor]]:
+    """The pieces in a file of a table ``[rows, dim]``; raises ValueError if it is damaged."""
+    import pyarrow as pa
+
+    file = ArrowFile(path)
+    given = (file.schema.metadata or {}).get(b"column_offset", b"")
+    column = int(given) if given.isdigit() and len(given) < 10 else -1
+    width = getattr(file.schema.field(1).type, "list_size", 0) if len(file.schema) == 2 else 0
+    stored = pa.schema([("row", pa.int64()), ("embedding", pa.list_(pa.float32(), width))])
+    if width < 1 or not file.schema.equals(stored):
+        raise ValueError("its columns are not those of a released table")
+    if not 0 <= column <= dim - width:
+        raise ValueError(f"its columns {column} to {column + width} are not all in [0, {dim})")
+    for batch in file.batches():
+        numbers, embedding = batch.columns
+        if numbers.null_count or embedding.null_count or embedding.values.null_count:
+            raise ValueError("it lacks values")
+        at = numbers.to_numpy()
+        if len(at) and not 0 <= at.min() <= at.max() < rows:
+            raise ValueError(f"its rows {at.min()} to {at.max()} are not all in [0, {rows})")
+        values = embedding.flatten().to_numpy(zero_copy_only=True)
+        yield torch.from_numpy(at.copy()), column, _mapped(values).view(len(at), width)
 
 
 def _mapped(values: Any) -> Tensor:

@@ -23,6 +23,7 @@ from dist_dp.distributed import (
     world_size,
 )
 from dist_dp.errors import ConfigError, ModelError
+from dist_dp.file_names import why_no_path
 from dist_dp.sharding import (
     NODE_KINDS,
     ShardingKind,
@@ -175,6 +176,12 @@ def _check_tables(path: str, collection: Any, optimizer: TableOptimizer) -> None
     weighted = hasattr(collection, "is_weighted") and collection.is_weighted()
     for config in table_configs(collection):
         weight = weights[config.name]
+        # A release has a folder for each table.
+        if (why := why_no_path(f"{path}.{config.name}")) is not None:
+            raise ModelError(
+                f"table '{path}.{config.name}' cannot name a folder of the release: it {why}; "
+                "give the table another name (table: of its feature)"
+            )
         # PyTorch has no such lookup; TorchRec's kernels disagree on what it means, and so would
         # the clip norm.
         if weighted and config.pooling.name == "MEAN":

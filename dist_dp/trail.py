@@ -16,6 +16,9 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
+from dist_dp.errors import CheckpointError
+from dist_dp.limits import MAX_TRAIL_BYTES
+
 _RECORD = struct.Struct("<I12s")
 _NUMBERS = 4096
 _WRITER = 0  # in place of a step: who wrote what follows
@@ -52,6 +55,9 @@ class StepTrail:
 
     Args:
         path: The file; made if missing (mode 0600). A record cut short is left out.
+
+    Raises:
+        CheckpointError: The file is far too large.
     """
 
     def __init__(self, path: Path) -> None:
@@ -61,7 +67,14 @@ class StepTrail:
         self._digests: dict[int, bytes] = {}
         self.is_whole = True
         writer = b""
-        content = os.pread(self._file, os.fstat(self._file).st_size, 0)
+        size = os.fstat(self._file).st_size
+        if size > MAX_TRAIL_BYTES:
+            self.close()
+            raise CheckpointError(
+                f"'{path}' has {size:,} bytes, at most {MAX_TRAIL_BYTES:,} are read: it is no "
+                "trail of a run; remove it (the steps since the last checkpoint are charged again)"
+            )
+        content = os.pread(self._file, size, 0)
         whole = len(content) // _RECORD.size
         for number in range(whole):
             step, digest = _RECORD.unpack_from(content, number * _RECORD.size)

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import sys
 from collections.abc import Iterator
 from dataclasses import dataclass, fields
@@ -12,6 +11,7 @@ from typing import Any, cast
 from dist_dp.cluster.bench.settings import SKEWS, StepSettings
 from dist_dp.cost_model import MachineRates, predict
 from dist_dp.errors import ConfigError
+from dist_dp.limits import read_json
 
 TOLERANCE = 0.25
 """Relative error up to which a prediction counts as right."""
@@ -121,7 +121,7 @@ def run_check(file: Path, machine: Path | None, *, phases: bool) -> bool:
         ConfigError: A file cannot be read or holds something else.
     """
     try:
-        result: Any = json.loads(file.read_text(encoding="utf-8"))
+        result: Any = read_json(file)
     except (OSError, ValueError) as error:
         raise ConfigError(f"cannot read the measurements '{file}': {error}") from None
     rates = MachineRates.shipped() if machine is None else MachineRates.load(machine)

@@ -11,6 +11,8 @@ import typer
 
 from dist_dp.cluster.bench.model_commands import check_model, machine
 from dist_dp.cluster.readable_errors import readable_errors
+from dist_dp.errors import ConfigError
+from dist_dp.limits import read_json
 
 bench_app = typer.Typer(help="Measure what privacy costs on this machine.")
 bench_app.command("machine")(machine)
@@ -154,7 +156,10 @@ def scaling(
     check_writable(json_file)
     check_writable(plot, "--plot")
     if from_json is not None:
-        result = json.loads(from_json.read_text(encoding="utf-8"))
+        try:
+            result = read_json(from_json)
+        except (OSError, ValueError) as error:
+            raise ConfigError(f"cannot read the measurements '{from_json}': {error}") from None
     else:
         settings = presets.chosen(None, tables=tables, rows=None, dim=dim).changed(
             mechanisms=tuple(mechanisms.split(",")) if mechanisms else MECHANISMS,

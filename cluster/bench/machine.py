@@ -20,6 +20,7 @@ from typing import Any
 
 from dist_dp.cluster.bench.settings import MECHANISMS, StepSettings
 from dist_dp.cost_model import MachineRates
+from dist_dp.limits import read_json
 from dist_dp.step_counts import all_reduce
 
 FEW, MANY = 2, 26
@@ -124,9 +125,7 @@ def _two_processes(alone: float) -> dict[str, float]:
 
     with tempfile.TemporaryDirectory(prefix="dist-dp-bench-") as folder:
         mp.start_processes(_rank, args=(folder,), nprocs=2, start_method="spawn")
-        result: dict[str, float] = json.loads(
-            (Path(folder) / "result.json").read_text(encoding="utf-8")
-        )
+        result: dict[str, float] = read_json(Path(folder) / "result.json")
     step = result.pop("empty_step_seconds")
     # rounds of that step: ids, lengths and sizes, partial sums, their gradient, dense gradients
     rounds = 3 + 2 + 1 + all_reduce(0.0, 2).rounds

@@ -13,6 +13,7 @@ from typing import Any
 
 from dist_dp.cluster.bench.settings import StepSettings
 from dist_dp.errors import DistDpError
+from dist_dp.limits import read_json
 
 TIMEOUT = timedelta(minutes=30)
 
@@ -49,7 +50,7 @@ def _spawned(settings: StepSettings, folder: Path) -> dict[str, Any]:
         known = sorted(folder.glob("error-*"))
         text = known[0].read_text(encoding="utf-8") if known else str(error)
         raise DistDpError(text) from error
-    result: dict[str, Any] = json.loads((folder / "result.json").read_text(encoding="utf-8"))
+    result: dict[str, Any] = read_json(folder / "result.json")
     return result
 
 

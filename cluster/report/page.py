@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import base64
 import hashlib
-import json
 import os
 from pathlib import Path
 from typing import Any
@@ -20,6 +19,7 @@ from dist_dp.cluster.report.series import Array
 from dist_dp.cluster.report.style import SCRIPT, STYLE, STYLE_PHASES
 from dist_dp.cluster.report.text import escape
 from dist_dp.errors import DataError
+from dist_dp.limits import MAX_CONFIG_BYTES, read_json, read_whole
 
 REPORT_FILE = "report.html"
 SUMMARY_FILE = "summary.json"
@@ -55,7 +55,7 @@ def write_report(run_folder: Path) -> Path:
         else {name: np.empty(0) for name in STEP_COLUMNS}
     )
     config = folder / CONFIG_FILE
-    config_text = config.read_text("utf-8", "replace") if config.exists() else None
+    config_text = _config_text(config) if config.exists() else None
     path = folder / REPORT_FILE
     unfinished = path.with_name(REPORT_FILE + ".unfinished")
     try:
@@ -138,9 +138,16 @@ def _time(metrics: dict[str, Array], summary: dict[str, Any]) -> str:
     )
 
 
+def _config_text(path: Path) -> str:
+    try:
+        return read_whole(path, MAX_CONFIG_BYTES).decode("utf-8", "replace")
+    except (OSError, ValueError) as error:
+        raise DataError(f"Cannot read {path} ({error}); restore it from the run.") from error
+
+
 def _read_summary(path: Path) -> dict[str, Any]:
     try:
-        summary = json.loads(path.read_text("utf-8"))
+        summary = read_json(path)
     except OSError as error:
         raise DataError(
             f"Cannot read {path} ({error.strerror}); give the folder of a training run."

@@ -37,6 +37,12 @@ def additive(schema: DataSchema, dim: int = 8) -> nn.Module:
     return Additive(schema, dim)
 
 
+def unmasked(schema: DataSchema) -> nn.Module:
+    """On a worker whose files would be open to everybody."""
+    os.umask(0)
+    return Additive(schema)
+
+
 def mixing(schema: DataSchema) -> nn.Module:
     return Mixing(schema)
 

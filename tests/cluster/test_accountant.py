@@ -7,16 +7,18 @@ import pickle
 import signal
 import threading
 import time
+import uuid
 from pathlib import Path
 
 import pytest
 
 from dist_dp.accounting import GaussianEvent, epsilon_of
-from dist_dp.cluster.accountant import AccountantClient, start_accountant
+from dist_dp.cluster.accountant import AccountantClient, _connecting, start_accountant
 from dist_dp.errors import BudgetError, LedgerError
 from dist_dp.ledger import Ledger, Position
 from dist_dp.ledger_address import default_ledger
 from dist_dp.step_costs import StepCosts
+from tests.cluster.ray_memory import holding
 from tests.postgres_server import PASSWORD, PostgresServer
 
 pytestmark = pytest.mark.ray
@@ -130,28 +132,46 @@ def test_killed_accountant_forgets_nothing_and_charges_nothing_twice(tmp_path: P
 def test_the_ledger_may_be_on_a_server(
     postgres_server: PostgresServer, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """One accountant for everybody's URL; what it takes to connect goes to the actor alone."""
+    """One accountant for everybody's URL; the password is read from a file, by the actor."""
     monkeypatch.setenv("XDG_DATA_HOME", str(tmp_path))
-    monkeypatch.setenv("PGPASSWORD", PASSWORD)
+    passfile = tmp_path / "pgpass"
+    passfile.touch(mode=0o600)
+    passfile.write_text(f"*:*:*:*:{PASSWORD}\n")
+    monkeypatch.setenv("PGPASSFILE", str(passfile))
     url = postgres_server.tcp_url(postgres_server.new_database())
     client = start_accountant(url)
     client.register_dataset("clicks", fingerprint="f", num_records=10, epsilon=1.0, delta=DELTA)
     client.open_run("a", "clicks", StepCosts.constant(EVENT, 10))
-    monkeypatch.setenv("DIST_DP_LEDGER", url.replace("@", f":{PASSWORD}@"))
-    monkeypatch.delenv("PGPASSWORD")
-    address = default_ledger()
-    assert address.secrets == (PASSWORD,)
-    again = start_accountant(address)
+    again = start_accountant(f"{url}?passfile={passfile}")
     assert again.pid() == client.pid() != os.getpid()
-    assert PASSWORD.encode() not in pickle.dumps(again)
-    sent = AccountantClient(str(address))
+    sent = AccountantClient(url)
     lease = sent.reserve("a", 1, 4)
     os.kill(client.pid(), signal.SIGKILL)
     sent.settle(lease.lease_id, 2)
     position = sent.position()
     sent.check_contains(position)
-    ledger = Ledger(address)
+    ledger = Ledger(url)
     assert ledger.position() == position and ledger.run_steps("a") == 2
     assert ledger._store.witness.read() == position  # where the driver keeps them
     with pytest.raises(LedgerError, match="entry 99 was seen"):
         sent.check_contains(Position(position.ledger_id, 99, ""))
+
+
+@pytest.mark.usefixtures("ray_local")
+@pytest.mark.parametrize("place", ["PGPASSWORD", "DIST_DP_LEDGER"])
+def test_no_password_is_handed_to_ray(place: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    """What an actor is started with, Ray keeps in clear; so it is refused before that."""
+    url, password = f"postgresql://ann@127.0.0.1:9/{place.lower()}", uuid.uuid4().hex
+    if place == "PGPASSWORD":
+        monkeypatch.setenv("PGPASSWORD", password)
+        monkeypatch.setenv("DIST_DP_LEDGER", url)
+    else:
+        monkeypatch.setenv("DIST_DP_LEDGER", url.replace("@", f":{password}@"))
+    address = default_ledger()
+    with pytest.raises(LedgerError, match=rf"is in \${place}.*PGPASSFILE") as caught:
+        start_accountant(address)
+    assert password not in str(caught.value)
+    with pytest.raises(LedgerError, match="no accountant runs"):
+        AccountantClient(address).datasets()
+    assert "PGPASSWORD" not in _connecting()
+    assert holding(password.encode()) == []

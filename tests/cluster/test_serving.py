@@ -14,12 +14,14 @@ from typing import Any
 import pyarrow.parquet as pq
 import pytest
 import torch
+import yaml
 
 from dist_dp.cluster.config import parse_config
 from dist_dp.cluster.models import build_model, logits_of
 from dist_dp.cluster.prepare import prepare
 from dist_dp.cluster.serving import load_model
 from dist_dp.engine import PrivacyEngine
+from dist_dp.errors import ConfigError, ReleaseError
 from dist_dp.released import Release
 from tests.cluster.small import assert_one_line_error, run, small
 
@@ -196,6 +198,50 @@ def test_checkpoint_is_no_release(copied: Path, store: Path, tmp_path: Path) -> 
     # Nor one that somebody dressed up as a release.
     (copied / "release" / "checkpoint.json").write_text("{}")
     refused(copied / "release", store, tmp_path, "training checkpoint")
+
+
+def rewrite(release: Path, change: Any) -> None:
+    path = release / "release.json"
+    manifest = json.loads(path.read_text())
+    change(manifest)
+    path.write_text(json.dumps(manifest))
+
+
+@pytest.mark.parametrize(
+    ("change", "words"),
+    [
+        (lambda m: m["model"].update(over_arch=[1 << 40, 1]), "does not fit|cannot be built"),
+        (lambda m: m["model"].update(name="dlrm_dcn", dcn_layers=10**9), "layers"),
+        (lambda m: m["columns"]["sparse"][0].update(num_embeddings=10**15), "does not fit|built"),
+        (lambda m: m["columns"]["sparse"][0].update(num_embeddings=-1), "num_embeddings"),
+        (lambda m: m.pop("columns"), "does not say how its model is built"),
+    ],
+)
+def test_a_model_beyond_its_files_takes_no_memory(copied: Path, change: Any, words: str) -> None:
+    rewrite(copied / "release", lambda manifest: change(manifest["model"]))
+    with pytest.raises(ReleaseError, match=words):
+        load_model(copied)
+
+
+def test_a_release_alone_calls_no_function(copied: Path, tmp_path: Path, clicks: Path) -> None:
+    """A factory is called where the run's own configuration names it, and nowhere else."""
+    (tmp_path / "planted.py").write_text(
+        f"open({str(tmp_path / 'touched')!r}, 'w')\ndef make(schema): ...\n"
+    )
+    named = {"name": "custom", "factory": "planted:make"}
+    rewrite(copied / "release", lambda manifest: manifest["model"]["model"].update(named))
+    with pytest.MonkeyPatch.context() as patch:
+        patch.syspath_prepend(tmp_path)
+        for folder in (copied / "release", copied):
+            refused_ = run("evaluate", folder, "--data", clicks)
+            assert_one_line_error(refused_, "planted:make", "would be run", "load_release")
+        assert not (tmp_path / "touched").exists()
+        config = yaml.safe_load((copied / "config.yaml").read_text())
+        config["model"].update(named)
+        (copied / "config.yaml").write_text(yaml.safe_dump(config))
+        with pytest.raises(ConfigError, match="returned a NoneType"):
+            load_model(copied)
+        assert (tmp_path / "touched").exists()
 
 
 def change_byte(path: Path) -> None:

@@ -83,6 +83,13 @@ def test_a_missing_folder_is_an_error_before_anything_runs(tmp_path: Path) -> No
     assert result.exit_code == 2 and "no folder" in result.stderr
 
 
+def test_a_file_that_cannot_be_written_is_an_error_before_anything_runs(tmp_path: Path) -> None:
+    result = run("bench", "step", "--json", tmp_path)
+    assert result.exit_code == 2 and "is a folder" in result.stderr
+    result = run("bench", "scaling", "--plot", tmp_path)
+    assert result.exit_code == 2 and "--plot" in result.stderr
+
+
 def clicks(
     exponent: float = 0.0, rows: tuple[int, ...] = (1000, 3, 7), pooling: int = 2
 ) -> HashedClicks:

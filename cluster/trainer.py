@@ -32,7 +32,7 @@ from dist_dp.cluster.run_folder import (
     write_config,
     write_summary,
 )
-from dist_dp.errors import ConfigError, DistDpError
+from dist_dp.errors import ConfigError, DistDpError, StaleAttemptError
 from dist_dp.kernels import SlowKernelsWarning
 from dist_dp.ledger_address import LedgerAddress, default_ledger, ledger_address
 from dist_dp.plan import PrivacyPlan
@@ -51,7 +51,8 @@ class Trainer:
     Args:
         config: The configuration.
         verbose: Let libraries log.
-        watch: Called about five times a second with the latest progress.
+        watch: Called about five times a second with the latest progress, and once with what is
+            to be read (``notice``): a loss of workers, a ledger that is away.
         resume: Folder of an unfinished run to go on with; see :meth:`resumed`.
     """
 
@@ -170,6 +171,8 @@ class Trainer:
         """A run that never took a step leaves no folder; another one keeps what it has."""
         from dist_dp.checkpoint_folder import has_checkpoint
 
+        if isinstance(error, StaleAttemptError):
+            return  # All of it is the other attempt's.
         aborted = isinstance(error, KeyboardInterrupt)
         metrics = folder / METRICS_FILE
         # The first line names the columns.
@@ -198,13 +201,17 @@ class Trainer:
 
         def poll() -> None:
             announced = said = False
+            told = 0
             while not done.wait(0.2):
                 try:
-                    progress = ray.get(monitor.latest.remote(), timeout=5)
+                    progress, notices = ray.get(monitor.news.remote(), timeout=5)
                 except ray.exceptions.GetTimeoutError:
                     continue  # A busy machine; the workers are still there.
                 except ray.exceptions.RayError:
                     return
+                for text in notices[told:]:
+                    self.watch({"notice": text})
+                told = len(notices)
                 if not said and "kernels" in progress:
                     said = True
                     self.watch({"phase": f"noise kernels: {progress['kernels']}"})
@@ -217,7 +224,7 @@ class Trainer:
         watcher = threading.Thread(target=poll, daemon=True)
         watcher.start()
         watchdog = Watchdog(
-            monitor, self.config.cluster.hang_timeout_s, lambda text: self.watch({"phase": text})
+            monitor, self.config.cluster.hang_timeout_s, lambda text: self.watch({"notice": text})
         )
         try:
             with _stop_on_interrupt(monitor, stopping):

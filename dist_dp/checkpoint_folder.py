@@ -7,7 +7,7 @@
             checkpoint.json     what it is; marked private, sealed with the secret
             secret              the run's key (mode 0600)
             index.json, *.bin   see dist_dp.checkpoint_storage
-        .save-000008.partial/   one that is being written, or was when the process died
+        .save-000008-TOKEN.partial/   one that is being written, or was when the process died
 
 A checkpoint appears by one rename, after everything in it is on the disk; only then is the one
 before removed. So at every moment the highest number is a whole checkpoint, and a process may die
@@ -23,6 +23,7 @@ import hashlib
 import hmac
 import json
 import re
+import secrets
 import shutil
 from collections.abc import Mapping
 from pathlib import Path
@@ -39,7 +40,7 @@ INFO_FILE = "checkpoint.json"
 SECRET_FILE = "secret"
 
 _WHOLE = re.compile(r"save-(\d{6,})")
-_PARTIAL = re.compile(r"\.save-(\d{6,})\.partial")
+_PARTIAL = re.compile(r"\.(save-\d{6,})(-[0-9a-f]+)?\.partial")
 
 
 def find_checkpoint(folder: Path) -> Path:
@@ -132,10 +133,17 @@ def _seal(info: Mapping[str, Any], secret: bytes) -> str:
     return hmac.new(key, content.encode(), hashlib.sha256).hexdigest()
 
 
+def half_written(home: Path) -> list[Path]:
+    """Folders of checkpoints that are being written, or were when their process died."""
+    if not home.is_dir():
+        return []
+    return [path for path in home.iterdir() if _PARTIAL.fullmatch(path.name)]
+
+
 def begin(home: Path, secret: bytes) -> Path:
     """Makes the folder of the next checkpoint, to be filled; rank 0 calls it.
 
-    Removes what earlier processes left half-written.
+    Its name is taken once, so that nobody can publish what another attempt writes.
 
     Args:
         home: The run's home of checkpoints; made if missing.
@@ -148,11 +156,8 @@ def begin(home: Path, secret: bytes) -> Path:
         OSError: It cannot be written (a full disk); nothing is left of it.
     """
     home.mkdir(parents=True, exist_ok=True, mode=0o700)
-    for left in home.iterdir():
-        if _PARTIAL.fullmatch(left.name):
-            shutil.rmtree(left)
     number = max(_numbered(home), default=0) + 1
-    partial = home / f".save-{number:06d}.partial"
+    partial = home / f".save-{number:06d}-{secrets.token_hex(8)}.partial"
     partial.mkdir(mode=0o700)
     try:
         write_private(partial / SECRET_FILE, secret)
@@ -190,13 +195,16 @@ def publish(partial: Path, info: Mapping[str, Any]) -> Path:
     write_private(partial / INFO_FILE, json.dumps(described, indent=1).encode())
     sync_folder(partial)
     home = partial.parent
-    whole = home / partial.name.removeprefix(".").removesuffix(".partial")
+    named = _PARTIAL.fullmatch(partial.name)
+    assert named is not None
+    whole = home / named[1]
     partial.rename(whole)
     sync_folder(home)
+    own = int(whole.name.removeprefix("save-"))
     for number in _numbered(home):
-        older = home / f"save-{number:06d}"
-        if older != whole:
-            shutil.rmtree(older)
+        # Never a later one: it is of an attempt that has taken the place of this.
+        if number < own:
+            shutil.rmtree(home / f"save-{number:06d}", ignore_errors=True)
     return whole
 
 

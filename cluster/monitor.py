@@ -80,9 +80,7 @@ def start_monitor(name: str) -> Any:
     here = NodeAffinitySchedulingStrategy(ray.get_runtime_context().get_node_id(), soft=False)
     return (
         ray.remote(_Monitor)
-        .options(
-            name=monitor_name(name), namespace=NAMESPACE, num_cpus=0, scheduling_strategy=here
-        )
+        .options(name=monitor_name(name), namespace=NAMESPACE, num_cpus=0, scheduling_strategy=here)
         .remote()
     )
 

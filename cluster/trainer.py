@@ -17,6 +17,7 @@ from dist_dp.cluster.accountant import start_accountant
 from dist_dp.cluster.config import CHANGEABLE, ClusterConfig, RunConfig, load_config
 from dist_dp.cluster.faults import Watchdog
 from dist_dp.cluster.finish import checkpoint_folder
+from dist_dp.cluster.head import Head, HeadLostError
 from dist_dp.cluster.job import Job
 from dist_dp.cluster.metrics_log import METRICS_FILE
 from dist_dp.cluster.monitor import start_monitor
@@ -173,6 +174,8 @@ class Trainer:
 
         if isinstance(error, StaleAttemptError):
             return  # All of it is the other attempt's.
+        # Without the head nobody is there to close the account.
+        unreachable = isinstance(error, HeadLostError)
         aborted = isinstance(error, KeyboardInterrupt)
         metrics = folder / METRICS_FILE
         # The first line names the columns.
@@ -184,7 +187,7 @@ class Trainer:
             (folder / "error.txt").write_text(text + "\n", encoding="utf-8")
         else:
             shutil.rmtree(folder, ignore_errors=True)
-        if resumable:
+        if resumable or unreachable:
             return  # The account stays open.
         with contextlib.suppress(DistDpError):
             accountant.close_run(folder.name, "aborted" if aborted else "failed")
@@ -235,7 +238,8 @@ class Trainer:
             done.set()
             watchdog.close()
             watcher.join(timeout=5)
-            ray.kill(monitor)
+            with contextlib.suppress(ray.exceptions.RayError):
+                ray.kill(monitor)
 
 
 def _warn(reasons: list[str]) -> None:
@@ -285,32 +289,9 @@ def fit_workers(
         ),
     )
     try:
-        _in_thread(trainer.fit)
+        Head(Path(job.run_folder)).while_there(trainer.fit)
     except Exception as error:
         raise readable(error) from error
-
-
-def _in_thread(function: Callable[[], Any]) -> None:
-    """Runs a function in a thread and waits for it.
-
-    In the main thread, Ray Train would put its own handler of Ctrl-C in place of ours: it aborts
-    the run, which would leave no release and the leased steps charged.
-    """
-    finished = threading.Event()
-    failure: list[BaseException] = []
-
-    def run() -> None:
-        try:
-            function()
-        except BaseException as error:
-            failure.append(error)
-        finally:
-            finished.set()
-
-    threading.Thread(target=run, name="ray-train", daemon=True).start()
-    finished.wait()
-    if failure:
-        raise failure[0]
 
 
 def _choose_device(config: RunConfig) -> RunConfig:

@@ -33,11 +33,14 @@ from dist_dp import kernels
 from dist_dp.checkpoint_storage import INDEX_FILE, write_private
 from dist_dp.durable import sync_folder
 from dist_dp.errors import CheckpointError
+from dist_dp.fence import GIVEN_UP
 
 FORMAT = "dist-dp-checkpoint"
 FORMAT_VERSION = 3
 INFO_FILE = "checkpoint.json"
 SECRET_FILE = "secret"
+
+REMEDY = "put a copy of the checkpoint back, or start a new run"
 
 _WHOLE = re.compile(r"save-(\d{6,})")
 _PARTIAL = re.compile(r"\.(save-\d{6,})(-[0-9a-f]+)?\.partial")
@@ -78,7 +81,7 @@ def read_checkpoint_info(folder: Path) -> dict[str, Any]:
     try:
         info = json.loads(path.read_text(encoding="utf-8"))
     except (OSError, ValueError) as error:
-        raise CheckpointError(f"'{path}' cannot be read: {error}") from None
+        raise CheckpointError(f"'{path}' cannot be read: {error}; {REMEDY}") from None
     if not isinstance(info, dict) or info.get("format") != FORMAT:
         raise CheckpointError(f"'{path}' does not describe a checkpoint of this package")
     if info.get("format_version") != FORMAT_VERSION:
@@ -90,7 +93,7 @@ def read_checkpoint_info(folder: Path) -> dict[str, Any]:
     if not hmac.compare_digest(seal, _seal(info, _secret_in(folder)).encode()):
         raise CheckpointError(
             f"'{path}' or '{SECRET_FILE}' beside it is damaged: one of them was changed since they "
-            "were written; go on from a copy of the checkpoint, or start a new run"
+            f"were written; {REMEDY}"
         )
     return info
 
@@ -103,7 +106,7 @@ def check_index(folder: Path, info: Mapping[str, Any]) -> None:
     """
     path = folder / INDEX_FILE
     if hashlib.sha256(path.read_bytes()).hexdigest() != info["index_sha256"]:
-        raise CheckpointError(f"'{path}' is damaged: it was changed since it was written")
+        raise CheckpointError(f"'{path}' is damaged: it was changed since it was written; {REMEDY}")
 
 
 def read_secret(folder: Path) -> bytes:
@@ -137,7 +140,11 @@ def half_written(home: Path) -> list[Path]:
     """Folders of checkpoints that are being written, or were when their process died."""
     if not home.is_dir():
         return []
-    return [path for path in home.iterdir() if _PARTIAL.fullmatch(path.name)]
+    return [
+        path
+        for path in home.iterdir()
+        if _PARTIAL.fullmatch(path.name) or path.name.startswith(GIVEN_UP)
+    ]
 
 
 def begin(home: Path, secret: bytes) -> Path:

@@ -26,7 +26,8 @@ from typing import Any
 from dist_dp.accountant import WRITING, Accountant
 from dist_dp.errors import DistDpError, StaleAttemptError
 
-_GIVEN_UP = ".given-up-"
+GIVEN_UP = ".given-up-"
+"""Begins the names of folders that were taken from an attempt and not yet removed."""
 
 
 class Fence:
@@ -127,10 +128,10 @@ def take_away(folders: Iterable[Path]) -> None:
         When this returns none of them has its name, so a rename by their writer fails.
     """
     for folder in folders:
-        aside = folder.with_name(f"{_GIVEN_UP}{secrets.token_hex(8)}")
+        aside = folder.with_name(f"{GIVEN_UP}{secrets.token_hex(8)}")
         try:
             folder.rename(aside)
         except FileNotFoundError:  # published or removed meanwhile
             continue
-        # Its writer may still be adding files; what stays is removed with the private folder.
+        # Its writer may still be adding files; what stays is removed the next time.
         shutil.rmtree(aside, ignore_errors=True)

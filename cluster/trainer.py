@@ -184,7 +184,8 @@ class Trainer:
         resumable = began and has_checkpoint(checkpoint_folder(folder))
         if began:
             text = "aborted by Ctrl-C" if aborted else f"{type(error).__name__}: {error}"
-            (folder / "error.txt").write_text(text + "\n", encoding="utf-8")
+            with contextlib.suppress(OSError):  # a full disk must not hide the reason
+                (folder / "error.txt").write_text(text + "\n", encoding="utf-8")
         else:
             shutil.rmtree(folder, ignore_errors=True)
         if resumable or unreachable:

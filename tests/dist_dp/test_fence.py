@@ -3,14 +3,13 @@
 from __future__ import annotations
 
 import shutil
-import threading
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 import pytest
 
-from dist_dp import checkpoint_folder
+from dist_dp import checkpoint_folder, fence, release_files
 from dist_dp.accountant import WRITING, LocalAccountant
 from dist_dp.checkpoint import CheckpointWriter, find_checkpoint
 from dist_dp.errors import CheckpointError, DistDpError, LedgerError, StaleAttemptError
@@ -40,6 +39,18 @@ def accountant(tmp_path: Path) -> LocalAccountant:
     return LocalAccountant(ledger)
 
 
+def between(owner: Any, name: str, patch: pytest.MonkeyPatch, what: Hook) -> None:
+    """Lets something happen just before a function runs: the caller has asked, and was stopped."""
+    original: Hook = getattr(owner, name)
+
+    def wrapped(*args: Any, **options: Any) -> Any:
+        patch.undo()
+        what()
+        return original(*args, **options)
+
+    patch.setattr(owner, name, wrapped)
+
+
 def test_the_last_to_begin_goes_on(tmp_path: Path) -> None:
     first = Fence.take(folder_of(tmp_path))
     first.check()
@@ -51,21 +62,14 @@ def test_the_last_to_begin_goes_on(tmp_path: Path) -> None:
     assert first.why_stale and second.why_stale
 
 
-def test_of_many_at_once_one_goes_on(tmp_path: Path) -> None:
-    taken: list[Fence] = []
-    begin = threading.Barrier(8)
-
-    def take() -> None:
-        begin.wait()
-        taken.append(Fence.take(folder_of(tmp_path)))
-
-    threads = [threading.Thread(target=take) for _ in range(8)]
-    for thread in threads:
-        thread.start()
-    for thread in threads:
-        thread.join()
-    assert sorted(fence.number for fence in taken) == [*range(1, 9)]
-    assert [fence.number for fence in taken if not fence.why_stale] == [8]
+def test_of_two_that_take_the_same_number_one_gets_it(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    others: list[Fence] = []
+    between(fence.os, "open", monkeypatch, lambda: others.append(Fence.take(folder_of(tmp_path))))
+    last = Fence.take(folder_of(tmp_path))
+    assert [other.number for other in others] == [1] and last.number == 2
+    assert others[0].why_stale and not last.why_stale
 
 
 def test_a_run_that_ended_and_began_anew_is_another(tmp_path: Path) -> None:
@@ -85,8 +89,8 @@ def test_where_no_attempt_can_be_noted_none_begins(tmp_path: Path) -> None:
 def test_a_stale_attempt_charges_and_releases_nothing(
     tmp_path: Path, accountant: LocalAccountant
 ) -> None:
-    fence = Fence.take(folder_of(tmp_path))
-    fenced = FencedAccountant(accountant, fence)
+    own = Fence.take(folder_of(tmp_path))
+    fenced = FencedAccountant(accountant, own)
     lease = fenced.reserve("run", 1, 5)
     Fence.take(folder_of(tmp_path))
     before = accountant.position()
@@ -107,8 +111,8 @@ def test_a_stale_attempt_charges_and_releases_nothing(
 
 
 def test_a_stale_attempt_notes_no_step(tmp_path: Path, accountant: LocalAccountant) -> None:
-    trail, fence = tmp_path / "trail", Fence.take(folder_of(tmp_path))
-    leases = StepLeases(accountant, "run", STEPS, LEASE, trail=trail, fence=fence)
+    trail, own = tmp_path / "trail", Fence.take(folder_of(tmp_path))
+    leases = StepLeases(accountant, "run", STEPS, LEASE, trail=trail, fence=own)
     assert leases.cover(1)
     leases.confirm(1, sums_of(1))
     Fence.take(folder_of(tmp_path))
@@ -139,22 +143,11 @@ def test_a_stale_attempt_saves_no_checkpoint(tmp_path: Path) -> None:
 # --- one that is stopped just after it has asked ------------------------------------------------
 
 
-def between(owner: Any, name: str, patch: pytest.MonkeyPatch, what: Hook) -> None:
-    """Lets something happen just before a function runs: the caller has asked, and was stopped."""
-    original: Hook = getattr(owner, name)
-
-    def wrapped(*args: Any, **options: Any) -> Any:
-        patch.undo()
-        what()
-        return original(*args, **options)
-
-    patch.setattr(owner, name, wrapped)
-
-
+@pytest.mark.parametrize("new_one", ["has not saved", "is at it", "has saved"])
 def test_a_checkpoint_that_was_taken_away_is_not_published(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, new_one: str
 ) -> None:
-    """The new attempt saves one with the same number meanwhile: neither is harmed."""
+    """The new attempt gives its own the same number: neither is harmed."""
     go_on(tmp_path, 3, save=True)
     home = tmp_path / "checkpoint"
     old, new = go_on(tmp_path, 4), go_on(tmp_path, 5)
@@ -163,17 +156,25 @@ def test_a_checkpoint_that_was_taken_away_is_not_published(
     def overtaken() -> None:
         new.fence = Fence.take(folder_of(tmp_path))
         take_away(checkpoint_folder.half_written(home))
-        later = CheckpointWriter(new, home, background=False)
-        later.save()
-        later.close()
+        if new_one == "is at it":
+            checkpoint_folder.begin(home, new.secret)
+        if new_one == "has saved":
+            later = CheckpointWriter(new, home, background=False)
+            later.save()
+            later.close()
 
     between(checkpoint_folder, "publish", monkeypatch, overtaken)
     writer = CheckpointWriter(old, home, background=False)
     with pytest.raises(CheckpointError):
         writer.save()
     writer.close()
-    assert [path.name for path in home.iterdir()] == ["save-000002"]
-    assert checkpoint_folder.read_checkpoint_info(home)["numbers"]["step"] == 5
+    whole, step = ("save-000002", 5) if new_one == "has saved" else ("save-000001", 3)
+    assert find_checkpoint(home).name == whole
+    assert checkpoint_folder.read_checkpoint_info(home)["numbers"]["step"] == step
+    begun = [path for path in home.iterdir() if path.name != whole]
+    assert len(begun) == (new_one == "is at it")
+    for path in begun:
+        assert [file.name for file in path.iterdir()] == ["secret"]
     go_on(tmp_path, 6)
 
 
@@ -249,11 +250,9 @@ def test_a_release_that_was_taken_away_is_not_published(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     made = go_on(tmp_path)
-    fence = Fence.take(folder_of(tmp_path))
-    made.accountant = FencedAccountant(NoBudget(), fence)  # type: ignore[arg-type]
+    own = Fence.take(folder_of(tmp_path))
+    made.accountant = FencedAccountant(NoBudget(), own)  # type: ignore[arg-type]
     destination = tmp_path / "release"
-    from dist_dp import release_files
-
     between(release_files, "publish", monkeypatch, lambda: take_away([partial_folder(destination)]))
     with pytest.raises(DistDpError):
         made.release(destination)

@@ -26,16 +26,15 @@ class HeadLostError(DistDpError):
 
 
 class Head:
-    """The head that this driver is connected to; Ray must be initialised.
+    """The head that this driver is connected to.
 
     Args:
+        address: Its host and port.
         run_folder: Of the run, for the remedy.
     """
 
-    def __init__(self, run_folder: Path) -> None:
-        import ray
-
-        self.address = str(ray.get_runtime_context().gcs_address)
+    def __init__(self, address: str, run_folder: Path) -> None:
+        self.address = address
         self._run_folder = run_folder
 
     def answers(self) -> bool:

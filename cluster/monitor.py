@@ -8,7 +8,7 @@ from typing import Any
 import ray
 from ray.util.scheduling_strategies import NodeAffinitySchedulingStrategy
 
-from dist_dp.errors import DistDpError, StaleAttemptError
+from dist_dp.errors import DistDpError
 
 NAMESPACE = "dist-dp"
 
@@ -33,8 +33,8 @@ class _Monitor:
         """A worker has begun: its actor, in a list, since a bare handle would not stay one."""
         if attempt > self._attempt:
             self._attempt = attempt
-            if isinstance(self._failure, StaleAttemptError):
-                self._failure = None  # of the one before, which this one has taken the place of
+            # Of the one before: if it would come again, this one will meet it, too.
+            self._failure = None
         self._latest.pop("phase", None)
         self._workers += worker
 
@@ -49,7 +49,7 @@ class _Monitor:
         self._workers = []
 
     def fail(self, error: BaseException, attempt: int) -> None:
-        """The run cannot go on; the first reason stays. One that was given up has no say."""
+        """The attempt cannot go on; its first reason stays. One that was given up has no say."""
         if attempt >= self._attempt:
             self._failure = self._failure or error
 

@@ -269,6 +269,7 @@ def fit_workers(
     Raises:
         DistDpError: A worker failed; the message is the worker's own.
     """
+    import ray
     from ray.train import FailureConfig, RunConfig, ScalingConfig
     from ray.train.torch import TorchConfig, TorchTrainer
 
@@ -290,7 +291,8 @@ def fit_workers(
         ),
     )
     try:
-        Head(Path(job.run_folder)).while_there(trainer.fit)
+        address = str(ray.get_runtime_context().gcs_address)
+        Head(address, Path(job.run_folder)).while_there(trainer.fit)
     except Exception as error:
         raise readable(error) from error
 

@@ -269,9 +269,11 @@ class StepLeases:
                 result = action()
             except DistDpError as error:
                 failure = error
-        result, message = broadcast_object((result, str(failure) if failure else None))
+        said = (type(failure), str(failure)) if failure else None
+        result, said = broadcast_object((result, said))
         if failure is not None:
             raise failure
-        if message is not None:
-            raise DistDpError(f"accountant: {message}")
+        if said is not None:
+            kind, message = said
+            raise kind(f"accountant: {message}")
         return result

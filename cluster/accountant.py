@@ -19,7 +19,7 @@ from typing import Any
 
 from dist_dp.accountant import READING, WRITING, Accountant
 from dist_dp.cluster.live_metrics import LedgerMetrics
-from dist_dp.errors import DistDpError, LedgerError
+from dist_dp.errors import DistDpError, LedgerAwayError, LedgerError
 from dist_dp.group_commit import GroupedLedger
 from dist_dp.ledger import Ledger
 from dist_dp.ledger_address import LedgerAddress, ledger_address
@@ -138,8 +138,8 @@ class AccountantClient(Accountant):
                 ) from error
         return self._handle
 
-    def _no_answer(self) -> LedgerError:
-        return LedgerError(
+    def _no_answer(self) -> LedgerAwayError:
+        return LedgerAwayError(
             f"the accountant of ledger {self.ledger} gave no answer in {self.timeout_s:g} s: "
             "see that its node is up and has memory left, then start the run again (the last "
             "lease may be charged)"

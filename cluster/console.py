@@ -49,6 +49,9 @@ class ProgressLine:
             return
         if "plan" in progress:
             self._target = progress["plan"].target_epsilon
+        if "notice" in progress:
+            self._console.print(progress["notice"], markup=False)
+            return
         phase = progress.get("phase", "")
         if not self._terminal:
             # In a log file: one line a phase is enough.

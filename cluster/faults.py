@@ -10,10 +10,14 @@ from __future__ import annotations
 import threading
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager, suppress
+from pathlib import Path
 from typing import Any
 
+from dist_dp.cluster.finish import attempts_folder
 from dist_dp.cluster.monitor import MonitorLink
+from dist_dp.distributed import broadcast_object, rank
 from dist_dp.errors import DistDpError
+from dist_dp.fence import Fence
 
 _SIGNS = ("gloo", "Timed out waiting", "Connection closed", "Connection reset", "Broken pipe")
 """In messages of errors that PyTorch raises when another worker is gone."""
@@ -36,22 +40,33 @@ def is_fault(error: BaseException) -> bool:
 
 
 @contextmanager
-def ended_for_good(run: str) -> Iterator[None]:
+def ended_for_good(run: str, folder: Path) -> Iterator[tuple[MonitorLink, Fence | None]]:
     """Around a worker's work: raises nothing but faults; see the module.
 
     Args:
         run: Name of the run, whose monitor is told.
+        folder: Of the run.
+
+    Yields:
+        The link to the monitor, and rank 0's attempt (None elsewhere).
 
     Raises:
         BaseException: A fault: the group is to be started again.
     """
     link = MonitorLink(run)
-    link.join()
+    fence: Fence | None = None
     try:
-        yield
+        # The attempt before this one is at its end now, whatever becomes of this.
+        fence = Fence.take(attempts_folder(folder)) if rank() == 0 else None
+        number = broadcast_object(fence.number if fence else None)
+        assert number is not None
+        link.join(number)
+        yield link, fence
     except BaseException as error:
-        if not is_fault(error):
-            link.fail(error)
+        # Whatever a stale attempt met: the one in its place speaks for the run.
+        stale = fence.why_stale if fence is not None else None
+        if stale is not None or not is_fault(error):
+            link.fail(stale or error)
         elif link.failure is None:
             raise
         import torch.distributed as dist

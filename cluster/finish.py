@@ -12,11 +12,14 @@ import shutil
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from dist_dp.checkpoint_folder import half_written
 from dist_dp.cluster.run_folder import keep_release, replace, write_summary
 from dist_dp.distributed import barrier, broadcast_object, rank
 from dist_dp.errors import CheckpointError
+from dist_dp.fence import take_away
 from dist_dp.limits import read_json
 from dist_dp.release import publish_recorded
+from dist_dp.release_files import partial_folder
 
 if TYPE_CHECKING:
     from dist_dp.cluster.job import Job
@@ -38,6 +41,11 @@ def checkpoint_folder(run_folder: Path) -> Path:
 def trail_file(run_folder: Path) -> Path:
     """Where a run notes what its steps looked like; see :mod:`dist_dp.trail`."""
     return private_folder(run_folder) / "trail"
+
+
+def attempts_folder(run_folder: Path) -> Path:
+    """Where a run numbers its attempts; see :mod:`dist_dp.fence`."""
+    return private_folder(run_folder) / "attempts"
 
 
 def _pending_file(run_folder: Path) -> Path:
@@ -74,6 +82,8 @@ def finish(run: Run) -> None:
     facts = summary.pop("card_facts")
     summary["release"] = RELEASE
     if rank() == 0:
+        if run.engine.fence is not None:
+            run.engine.fence.check()
         keep_release(run.folder)
         private_folder(run.folder).mkdir(mode=0o700, exist_ok=True)
         ending = {
@@ -101,7 +111,8 @@ def finish(run: Run) -> None:
 def finished_before(job: Job, accountant: Any) -> bool:
     """Whether an earlier attempt has released the model: what it left undone is done then.
 
-    Every rank calls it, before anything else.
+    Every rank calls it, before anything else. What an earlier attempt has half-written is taken
+    from it, since it may be alive (:mod:`dist_dp.fence`).
 
     Args:
         job: The run.
@@ -110,15 +121,18 @@ def finished_before(job: Job, accountant: Any) -> bool:
     folder = Path(job.run_folder)
 
     def look() -> bool:
+        take_away(half_written(checkpoint_folder(folder)))
+        known = accountant.knows_run(job.run_name)
+        if not known or not publish_recorded(folder / RELEASE, accountant, job.run_name):
+            take_away([partial_folder(folder / RELEASE)])
         try:
             ending = _read_pending(folder)
         except (OSError, ValueError):
             return False
-        if not accountant.knows_run(job.run_name):
+        if not known:
             return False
         if accountant.released_step(job.run_name) != ending["step"]:
             return False
-        publish_recorded(folder / RELEASE, accountant, job.run_name)
         if not (folder / RELEASE).is_dir():
             return False
         _conclude(folder, job.run_name, accountant)

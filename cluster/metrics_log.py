@@ -109,7 +109,8 @@ class MetricsLog:
             row: Column -> value; columns left out stay empty. ``step`` is required.
 
         Raises:
-            DataError: The log is closed, ``step`` is missing, or a name is not a column.
+            DataError: The log is closed, ``step`` is missing, a name is not a column, or the disk
+                is full.
         """
         if self._file is None:
             raise DataError(f"{self.path} is closed; open a new MetricsLog to go on writing.")
@@ -121,9 +122,15 @@ class MetricsLog:
                 f"{', '.join(unknown)}: no column of {self.path}. "
                 f"The columns are {', '.join(STEP_COLUMNS)}."
             )
-        self._rows.writerow([_cell(row[name]) if name in row else "" for name in STEP_COLUMNS])
-        if self._events is not None and _shown_in_tensorboard(row):
-            _write_event(self._events, row)
+        try:
+            self._rows.writerow([_cell(row[name]) if name in row else "" for name in STEP_COLUMNS])
+            if self._events is not None and _shown_in_tensorboard(row):
+                _write_event(self._events, row)
+        except OSError as error:
+            raise DataError(
+                f"cannot write {self.path} or the TensorBoard files beside it ({error.strerror}); "
+                "free some space, then go on with --resume"
+            ) from error
 
     def close(self) -> None:
         """Close both files; a second call does nothing."""

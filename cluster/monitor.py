@@ -6,6 +6,7 @@ import time
 from typing import Any
 
 import ray
+from ray.util.scheduling_strategies import NodeAffinitySchedulingStrategy
 
 from dist_dp.errors import DistDpError
 
@@ -19,6 +20,8 @@ class _Monitor:
         self._heard = time.monotonic()
         self._failure: BaseException | None = None
         self._workers: list[Any] = []
+        self._notices: list[str] = []
+        self._attempt = 0
 
     def push(self, progress: dict[str, Any]) -> bool:
         """Keeps the latest progress; returns whether a stop was asked for."""
@@ -26,8 +29,12 @@ class _Monitor:
         self._heard = time.monotonic()
         return self._stop
 
-    def join(self, worker: list[Any]) -> None:
+    def join(self, worker: list[Any], attempt: int) -> None:
         """A worker has begun: its actor, in a list, since a bare handle would not stay one."""
+        if attempt > self._attempt:
+            self._attempt = attempt
+            # Of the one before: if it would come again, this one will meet it, too.
+            self._failure = None
         self._latest.pop("phase", None)
         self._workers += worker
 
@@ -41,17 +48,26 @@ class _Monitor:
         self._latest.pop("phase", None)
         self._workers = []
 
-    def fail(self, error: BaseException) -> None:
-        """The run cannot go on; the first reason stays."""
-        self._failure = self._failure or error
+    def fail(self, error: BaseException, attempt: int) -> None:
+        """The attempt cannot go on; its first reason stays. One that was given up has no say."""
+        if attempt >= self._attempt:
+            self._failure = self._failure or error
 
     def failure(self) -> list[BaseException]:
         """Why the run cannot go on, if so; in a list, for Ray would raise a bare error."""
         return [] if self._failure is None else [self._failure]
 
+    def say(self, text: str) -> None:
+        """Something that whoever watches is to read once."""
+        self._notices.append(text)
+
     def latest(self) -> dict[str, Any]:
         """The latest progress."""
         return self._latest
+
+    def news(self) -> tuple[dict[str, Any], list[str]]:
+        """The latest progress, and all that was said."""
+        return self._latest, self._notices
 
     def request_stop(self) -> None:
         """Asks the run to stop after the step in flight."""
@@ -59,10 +75,12 @@ class _Monitor:
 
 
 def start_monitor(name: str) -> Any:
-    """Starts the monitor of a run; workers find it by name."""
+    """Starts the monitor of a run, on the driver's node; workers find it by name."""
+    # On another one it would be lost with that node, though the run could go on.
+    here = NodeAffinitySchedulingStrategy(ray.get_runtime_context().get_node_id(), soft=False)
     return (
         ray.remote(_Monitor)
-        .options(name=monitor_name(name), namespace=NAMESPACE, num_cpus=0)
+        .options(name=monitor_name(name), namespace=NAMESPACE, num_cpus=0, scheduling_strategy=here)
         .remote()
     )
 
@@ -79,6 +97,7 @@ class MonitorLink:
         self._actor = ray.get_actor(monitor_name(run), namespace=NAMESPACE)
         self._answer: Any = None
         self._stop = False
+        self._attempt = 0
 
     def push(self, progress: dict[str, Any]) -> None:
         """Sends progress unless the answer to the one before is still under way."""
@@ -86,16 +105,22 @@ class MonitorLink:
         if self._answer is None:
             self._answer = self._actor.push.remote(progress)
 
-    def join(self) -> None:
+    def join(self, attempt: int) -> None:
         """Tells that this worker has begun, so that it can be ended should it hang."""
-        ray.get(self._actor.join.remote([ray.get_runtime_context().current_actor]))
+        self._attempt = attempt
+        ray.get(self._actor.join.remote([ray.get_runtime_context().current_actor], attempt))
 
     def fail(self, error: BaseException) -> None:
         """Tells that the run cannot go on."""
         try:
-            ray.get(self._actor.fail.remote(error))
+            ray.get(self._actor.fail.remote(error, self._attempt))
         except TypeError:  # it cannot be sent
-            ray.get(self._actor.fail.remote(DistDpError(f"{type(error).__name__}: {error}")))
+            plain = DistDpError(f"{type(error).__name__}: {error}")
+            ray.get(self._actor.fail.remote(plain, self._attempt))
+
+    def say(self, text: str) -> None:
+        """Tells whoever watches the run, once; nothing is waited for. From any thread."""
+        self._actor.say.remote(text)
 
     @property
     def failure(self) -> BaseException | None:

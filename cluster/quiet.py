@@ -15,6 +15,9 @@ def environment(verbose: bool) -> dict[str, str]:
         # Cluster-wide usage reports would leave the site.
         "RAY_USAGE_STATS_ENABLED": "0",
         "RAY_TRAIN_V2_ENABLED": "1",
+        # For as long, and then again, Ray waits for room for a group of the size that it chose.
+        # It counts nodes every 20 s: with its 60 s, a run that lost one would wait for nothing.
+        "RAY_TRAIN_WORKER_GROUP_START_TIMEOUT_S": "25",
         "TOKENIZERS_PARALLELISM": "false",
     }
     if verbose:

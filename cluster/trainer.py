@@ -17,6 +17,7 @@ from dist_dp.cluster.accountant import start_accountant
 from dist_dp.cluster.config import CHANGEABLE, ClusterConfig, RunConfig, load_config
 from dist_dp.cluster.faults import Watchdog
 from dist_dp.cluster.finish import checkpoint_folder
+from dist_dp.cluster.head import Head, HeadLostError
 from dist_dp.cluster.job import Job
 from dist_dp.cluster.metrics_log import METRICS_FILE
 from dist_dp.cluster.monitor import start_monitor
@@ -32,7 +33,7 @@ from dist_dp.cluster.run_folder import (
     write_config,
     write_summary,
 )
-from dist_dp.errors import ConfigError, DistDpError
+from dist_dp.errors import ConfigError, DistDpError, StaleAttemptError
 from dist_dp.kernels import SlowKernelsWarning
 from dist_dp.ledger_address import LedgerAddress, default_ledger, ledger_address
 from dist_dp.plan import PrivacyPlan
@@ -51,7 +52,8 @@ class Trainer:
     Args:
         config: The configuration.
         verbose: Let libraries log.
-        watch: Called about five times a second with the latest progress.
+        watch: Called about five times a second with the latest progress, and once with what is
+            to be read (``notice``): a loss of workers, a ledger that is away.
         resume: Folder of an unfinished run to go on with; see :meth:`resumed`.
     """
 
@@ -170,6 +172,10 @@ class Trainer:
         """A run that never took a step leaves no folder; another one keeps what it has."""
         from dist_dp.checkpoint_folder import has_checkpoint
 
+        if isinstance(error, StaleAttemptError):
+            return  # All of it is the other attempt's.
+        # Without the head nobody is there to close the account.
+        unreachable = isinstance(error, HeadLostError)
         aborted = isinstance(error, KeyboardInterrupt)
         metrics = folder / METRICS_FILE
         # The first line names the columns.
@@ -178,10 +184,11 @@ class Trainer:
         resumable = began and has_checkpoint(checkpoint_folder(folder))
         if began:
             text = "aborted by Ctrl-C" if aborted else f"{type(error).__name__}: {error}"
-            (folder / "error.txt").write_text(text + "\n", encoding="utf-8")
+            with contextlib.suppress(OSError):  # a full disk must not hide the reason
+                (folder / "error.txt").write_text(text + "\n", encoding="utf-8")
         else:
             shutil.rmtree(folder, ignore_errors=True)
-        if resumable:
+        if resumable or unreachable:
             return  # The account stays open.
         with contextlib.suppress(DistDpError):
             accountant.close_run(folder.name, "aborted" if aborted else "failed")
@@ -198,13 +205,17 @@ class Trainer:
 
         def poll() -> None:
             announced = said = False
+            told = 0
             while not done.wait(0.2):
                 try:
-                    progress = ray.get(monitor.latest.remote(), timeout=5)
+                    progress, notices = ray.get(monitor.news.remote(), timeout=5)
                 except ray.exceptions.GetTimeoutError:
                     continue  # A busy machine; the workers are still there.
                 except ray.exceptions.RayError:
                     return
+                for text in notices[told:]:
+                    self.watch({"notice": text})
+                told = len(notices)
                 if not said and "kernels" in progress:
                     said = True
                     self.watch({"phase": f"noise kernels: {progress['kernels']}"})
@@ -217,7 +228,7 @@ class Trainer:
         watcher = threading.Thread(target=poll, daemon=True)
         watcher.start()
         watchdog = Watchdog(
-            monitor, self.config.cluster.hang_timeout_s, lambda text: self.watch({"phase": text})
+            monitor, self.config.cluster.hang_timeout_s, lambda text: self.watch({"notice": text})
         )
         try:
             with _stop_on_interrupt(monitor, stopping):
@@ -228,7 +239,8 @@ class Trainer:
             done.set()
             watchdog.close()
             watcher.join(timeout=5)
-            ray.kill(monitor)
+            with contextlib.suppress(ray.exceptions.RayError):
+                ray.kill(monitor)
 
 
 def _warn(reasons: list[str]) -> None:
@@ -257,6 +269,7 @@ def fit_workers(
     Raises:
         DistDpError: A worker failed; the message is the worker's own.
     """
+    import ray
     from ray.train import FailureConfig, RunConfig, ScalingConfig
     from ray.train.torch import TorchConfig, TorchTrainer
 
@@ -278,32 +291,10 @@ def fit_workers(
         ),
     )
     try:
-        _in_thread(trainer.fit)
+        address = str(ray.get_runtime_context().gcs_address)
+        Head(address, Path(job.run_folder)).while_there(trainer.fit)
     except Exception as error:
         raise readable(error) from error
-
-
-def _in_thread(function: Callable[[], Any]) -> None:
-    """Runs a function in a thread and waits for it.
-
-    In the main thread, Ray Train would put its own handler of Ctrl-C in place of ours: it aborts
-    the run, which would leave no release and the leased steps charged.
-    """
-    finished = threading.Event()
-    failure: list[BaseException] = []
-
-    def run() -> None:
-        try:
-            function()
-        except BaseException as error:
-            failure.append(error)
-        finally:
-            finished.set()
-
-    threading.Thread(target=run, name="ray-train", daemon=True).start()
-    finished.wait()
-    if failure:
-        raise failure[0]
 
 
 def _choose_device(config: RunConfig) -> RunConfig:

@@ -19,6 +19,8 @@ from dist_dp.cluster.faults import ended_for_good
 from dist_dp.cluster.finish import checkpoint_folder, finish, finished_before, trail_file
 from dist_dp.cluster.job import Job
 from dist_dp.distributed import all_gather_cat, all_reduce_max, broadcast_object, rank
+from dist_dp.fence import Fence, FencedAccountant
+from dist_dp.patience import PatientAccountant
 from dist_dp.schedules import learning_rate_at
 
 
@@ -34,10 +36,13 @@ def train_worker(values: dict[str, Any]) -> None:
     threads = config.cluster.threads_per_worker
     if threads:
         torch.set_num_threads(threads)
-    with ended_for_good(job.run_name):
-        accountant = AccountantClient(job.ledger) if rank() == 0 else None
+    with ended_for_good(job.run_name, Path(job.run_folder)) as (link, fence):
+        accountant = None
+        if fence is not None:
+            patient = PatientAccountant(AccountantClient(job.ledger), link.say)
+            accountant = FencedAccountant(patient, fence)
         if not finished_before(job, accountant):
-            Run(job, config, device, accountant).train()
+            Run(job, config, device, accountant, fence).train()
 
 
 def _device(config: RunConfig) -> torch.device:
@@ -57,9 +62,17 @@ class Run:
         config: Its configuration.
         device: Where this worker computes.
         accountant: Rank 0's.
+        fence: Rank 0's attempt.
     """
 
-    def __init__(self, job: Job, config: RunConfig, device: torch.device, accountant: Any) -> None:
+    def __init__(
+        self,
+        job: Job,
+        config: RunConfig,
+        device: torch.device,
+        accountant: Any,
+        fence: Fence | None,
+    ) -> None:
         from dist_dp.cluster.live_metrics import start_run_metrics
         from dist_dp.cluster.metrics_log import MetricsLog
         from dist_dp.cluster.models import build_model
@@ -89,6 +102,7 @@ class Run:
             secret=None if seed is None else fixed_secret(seed),
             resume_from=self.checkpoint if self.goes_on else None,
             trail=trail_file(self.folder) if config.train.checkpoint_every else None,
+            fence=fence,
             device=device,
             settings=settings_to_keep(job.config),
         )

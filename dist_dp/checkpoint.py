@@ -27,6 +27,7 @@ from dist_dp.checkpoint_storage import TensorReader, TensorWriter
 from dist_dp.checkpoint_tensors import PieceLoadPlanner, Pieces, PieceSavePlanner
 from dist_dp.distributed import all_together, broadcast_object, rank, world_size
 from dist_dp.errors import CheckpointError, DistDpError
+from dist_dp.fence import take_away
 
 if TYPE_CHECKING:
     from dist_dp.engine import PrivacyEngine
@@ -107,6 +108,9 @@ class CheckpointWriter:
         def begin() -> None:
             nonlocal pieces
             if rank() == 0:
+                if engine.fence is None:  # else the attempt did so, as it began
+                    take_away(folders.half_written(self._home))
+                self._check_fence()
                 partial.append(folders.begin(self._home, engine.secret))
             if self._threads is not None:
                 pieces = {name: [p.copied() for p in held] for name, held in pieces.items()}
@@ -127,7 +131,12 @@ class CheckpointWriter:
 
     def _write(self, pieces: Pieces, partial: Path, info: dict[str, Any]) -> None:
         """Writes and publishes; rank 0 removes what it could not finish."""
-        writer = TensorWriter(partial, rank(), lambda: _publish(partial, info))
+
+        def publish() -> None:
+            self._check_fence()
+            _publish(partial, info)
+
+        writer = TensorWriter(partial, rank(), publish)
         try:
             _through_dcp(
                 lambda: dcp.save(
@@ -141,6 +150,10 @@ class CheckpointWriter:
             if rank() == 0:
                 shutil.rmtree(partial, ignore_errors=True)
             raise
+
+    def _check_fence(self) -> None:
+        if self._engine.fence is not None:
+            self._engine.fence.check()
 
     def wait(self) -> None:
         """Waits until the checkpoint in flight is whole.

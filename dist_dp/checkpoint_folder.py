@@ -7,7 +7,7 @@
             checkpoint.json     what it is; marked private, sealed with the secret
             secret              the run's key (mode 0600)
             index.json, *.bin   see dist_dp.checkpoint_storage
-        .save-000008.partial/   one that is being written, or was when the process died
+        .save-000008-TOKEN.partial/   one that is being written, or was when the process died
 
 A checkpoint appears by one rename, after everything in it is on the disk; only then is the one
 before removed. So at every moment the highest number is a whole checkpoint, and a process may die
@@ -23,6 +23,7 @@ import hashlib
 import hmac
 import json
 import re
+import secrets
 import shutil
 from collections.abc import Mapping
 from pathlib import Path
@@ -32,6 +33,7 @@ from dist_dp import kernels
 from dist_dp.checkpoint_storage import INDEX_FILE, write_private
 from dist_dp.durable import sync_folder
 from dist_dp.errors import CheckpointError
+from dist_dp.fence import GIVEN_UP
 from dist_dp.limits import MAX_INDEX_BYTES, read_json, read_whole
 
 FORMAT = "dist-dp-checkpoint"
@@ -40,8 +42,10 @@ INFO_FILE = "checkpoint.json"
 SECRET_FILE = "secret"
 
 _KEYS = ("numbers", "settled", "settings", "run_id", "plan", "index_sha256", "fixed_secret")
+REMEDY = "put a copy of the checkpoint back, or start a new run"
+
 _WHOLE = re.compile(r"save-(\d{6,})")
-_PARTIAL = re.compile(r"\.save-(\d{6,})\.partial")
+_PARTIAL = re.compile(r"\.(save-\d{6,})(-[0-9a-f]+)?\.partial")
 
 
 def find_checkpoint(folder: Path) -> Path:
@@ -79,7 +83,7 @@ def read_checkpoint_info(folder: Path) -> dict[str, Any]:
     try:
         info = read_json(path)
     except (OSError, ValueError) as error:
-        raise CheckpointError(f"'{path}' cannot be read: {error}") from None
+        raise CheckpointError(f"'{path}' cannot be read: {error}; {REMEDY}") from None
     if not isinstance(info, dict) or info.get("format") != FORMAT:
         raise CheckpointError(f"'{path}' does not describe a checkpoint of this package")
     if info.get("format_version") != FORMAT_VERSION:
@@ -93,7 +97,7 @@ def read_checkpoint_info(folder: Path) -> dict[str, Any]:
     if not hmac.compare_digest(seal, _seal(info, _secret_in(folder)).encode()):
         raise CheckpointError(
             f"'{path}' or '{SECRET_FILE}' beside it is damaged: one of them was changed since they "
-            "were written; go on from a copy of the checkpoint, or start a new run"
+            f"were written; {REMEDY}"
         )
     return info
 
@@ -108,9 +112,9 @@ def check_index(folder: Path, info: Mapping[str, Any]) -> None:
     try:
         index = read_whole(path, MAX_INDEX_BYTES)
     except (OSError, ValueError) as error:
-        raise CheckpointError(f"'{path}' cannot be read: {error}") from None
+        raise CheckpointError(f"'{path}' cannot be read: {error}; {REMEDY}") from None
     if hashlib.sha256(index).hexdigest() != info["index_sha256"]:
-        raise CheckpointError(f"'{path}' is damaged: it was changed since it was written")
+        raise CheckpointError(f"'{path}' is damaged: it was changed since it was written; {REMEDY}")
 
 
 def read_secret(folder: Path) -> bytes:
@@ -141,10 +145,21 @@ def _seal(info: Mapping[str, Any], secret: bytes) -> str:
     return hmac.new(key, content.encode(), hashlib.sha256).hexdigest()
 
 
+def half_written(home: Path) -> list[Path]:
+    """Folders of checkpoints that are being written, or were when their process died."""
+    if not home.is_dir():
+        return []
+    return [
+        path
+        for path in home.iterdir()
+        if _PARTIAL.fullmatch(path.name) or path.name.startswith(GIVEN_UP)
+    ]
+
+
 def begin(home: Path, secret: bytes) -> Path:
     """Makes the folder of the next checkpoint, to be filled; rank 0 calls it.
 
-    Removes what earlier processes left half-written.
+    Its name is taken once, so that nobody can publish what another attempt writes.
 
     Args:
         home: The run's home of checkpoints; made if missing.
@@ -157,11 +172,8 @@ def begin(home: Path, secret: bytes) -> Path:
         OSError: It cannot be written (a full disk); nothing is left of it.
     """
     home.mkdir(parents=True, exist_ok=True, mode=0o700)
-    for left in home.iterdir():
-        if _PARTIAL.fullmatch(left.name):
-            shutil.rmtree(left)
     number = max(_numbered(home), default=0) + 1
-    partial = home / f".save-{number:06d}.partial"
+    partial = home / f".save-{number:06d}-{secrets.token_hex(8)}.partial"
     partial.mkdir(mode=0o700)
     try:
         write_private(partial / SECRET_FILE, secret)
@@ -199,13 +211,16 @@ def publish(partial: Path, info: Mapping[str, Any]) -> Path:
     write_private(partial / INFO_FILE, json.dumps(described, indent=1).encode())
     sync_folder(partial)
     home = partial.parent
-    whole = home / partial.name.removeprefix(".").removesuffix(".partial")
+    named = _PARTIAL.fullmatch(partial.name)
+    assert named is not None
+    whole = home / named[1]
     partial.rename(whole)
     sync_folder(home)
+    own = int(whole.name.removeprefix("save-"))
     for number in _numbered(home):
-        older = home / f"save-{number:06d}"
-        if older != whole:
-            shutil.rmtree(older)
+        # Never a later one: it is of an attempt that has taken the place of this.
+        if number < own:
+            shutil.rmtree(home / f"save-{number:06d}", ignore_errors=True)
     return whole
 
 

@@ -243,7 +243,8 @@ class TensorReader(StorageReader):
             count = file.readinto(content)
         if count != raw.numel() or zlib.crc32(content) != place["crc32"]:
             raise CheckpointError(
-                f"'{path}' is damaged at byte {place['start']} (tensor '{chunk[0]}')"
+                f"'{path}' is damaged at byte {place['start']} (tensor '{chunk[0]}'): put a copy "
+                "of the checkpoint back, or start a new run"
             )
         return raw.view(dtype).view(shape)
 

@@ -37,6 +37,7 @@ from dist_dp.checkpoint import (
 from dist_dp.distributed import broadcast_object, ensure_process_group, rank
 from dist_dp.errors import ConfigError, DistDpError
 from dist_dp.events import PrivacyEvent
+from dist_dp.fence import Fence
 from dist_dp.leases import StepLeases
 from dist_dp.ledger_address import default_ledger, ledger_address
 from dist_dp.ledger_entry import Position
@@ -82,6 +83,7 @@ class PrivacyEngine:
         trail: File in which the run notes what each step looked like, beside its checkpoints, so
             that after a crash a replay that comes out the same is not charged again; see
             :mod:`dist_dp.trail`. Without it every replayed step is charged again.
+        fence: Rank 0's attempt at the run, where another one may take its place.
         secret: 32-byte secret for reproducible tests. Leave it out: the operating system makes
             one. A given secret marks the run as not private.
         device: Where tables and dense layers live; by default where the model is.
@@ -105,6 +107,7 @@ class PrivacyEngine:
         run_id: str | None = None,
         resume_from: str | Path | None = None,
         trail: str | Path | None = None,
+        fence: Fence | None = None,
         secret: bytes | None = None,
         device: torch.device | str | None = None,
         settings: Mapping[str, Any] | None = None,
@@ -119,6 +122,7 @@ class PrivacyEngine:
         self.secret_is_given = secret is not None
         self.resume_from = Path(resume_from) if resume_from else None
         self.trail = Path(trail) if trail else None
+        self.fence = fence
         self.device = None if device is None else torch.device(device)
         self.noise_grid = noise_grid
         self.noise_rounds = noise_rounds
@@ -428,7 +432,13 @@ class PrivacyEngine:
         )
         done = resumed_at[0] if resumed_at else 0
         leases = StepLeases(
-            self.accountant, self.run_id, plan.steps, lease_steps, done=done, trail=self.trail
+            self.accountant,
+            self.run_id,
+            plan.steps,
+            lease_steps,
+            done=done,
+            trail=self.trail,
+            fence=self.fence,
         )
         if self.mechanism_class.private:
             self._parts.optimizer.on_noised_sums = leases.confirm

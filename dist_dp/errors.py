@@ -30,6 +30,14 @@ class LedgerError(DistDpError):
     """The ledger on disk cannot be read, or contradicts what is asked of it."""
 
 
+class LedgerAwayError(LedgerError):
+    """The ledger cannot be used just now: asking again later may help."""
+
+
+class StaleAttemptError(DistDpError):
+    """An attempt at a run that was given up, and that another one has taken the place of."""
+
+
 class ReleaseError(DistDpError):
     """A released model cannot be written or loaded."""
 

@@ -5,8 +5,9 @@ waits for the ledger unless the ledger is slow for half a lease.
 
 After a crash the run takes the steps since its last checkpoint again. With a trail
 (`dist_dp.trail`) those that come out bit for bit as before are the same draws and are not charged
-again; the leases that the crash left open are taken over. Without one, or from the first step that
-comes out otherwise, every replayed step is charged again.
+again; the leases that the crash left open are settled, and what of them was never begun is leased
+anew. Without one, or from the first step that comes out otherwise, every replayed step is charged
+again.
 """
 
 from __future__ import annotations
@@ -21,6 +22,7 @@ from torch import Tensor
 
 from dist_dp.distributed import broadcast_object, rank
 from dist_dp.errors import BudgetError, DistDpError, LedgerError
+from dist_dp.fence import Fence
 from dist_dp.ledger import Lease
 from dist_dp.trail import StepTrail, digest_of
 
@@ -67,6 +69,7 @@ class StepLeases:
         lease_steps: Steps charged at a time.
         done: Steps that a resumed run need not take again.
         trail: File of the run's trail, for a run that may go on after a crash; used on rank 0.
+        fence: Rank 0's attempt at the run, asked before a step is noted in the trail.
     """
 
     def __init__(
@@ -78,6 +81,7 @@ class StepLeases:
         *,
         done: int = 0,
         trail: Path | None = None,
+        fence: Fence | None = None,
     ) -> None:
         if rank() == 0 and accountant is None:
             raise ValueError("rank 0 needs an accountant: no step may go uncharged")
@@ -86,13 +90,13 @@ class StepLeases:
         self._total = total_steps
         self._lease_steps = max(1, lease_steps)
         self._trail = StepTrail(trail) if trail is not None and rank() == 0 else None
+        self._fence = fence
         self._held: list[Lease] = []
         self._ahead: Future[Lease] | None = None
         self._thread = ThreadPoolExecutor(1, thread_name_prefix="leases")
         self._until = done
         self._done = done
         self._replayed_to = done  # the last step that an earlier attempt took
-        self._began_before = done  # the last one that it may have begun
         self._went_otherwise = False
         self.epsilon_charged = 0.0
         self.refusal: str | None = None
@@ -107,7 +111,7 @@ class StepLeases:
             The last step it is known to have taken, the last one charged, and the run's ε.
         """
         assert self._accountant is not None and self._trail is not None
-        known = until = self._trail.last_step_after(self._done)
+        known = self._trail.last_step_after(self._done)
         charged = self._accountant.run_steps(self._run_id)
         if charged < known:
             raise LedgerError(
@@ -115,17 +119,16 @@ class StepLeases:
                 f"{charged}: it is another ledger, or an older copy. Use the ledger that the run "
                 "was charged to."
             )
-        leases = self._accountant.open_leases(self._run_id)
-        if not self._trail.is_whole:
-            # Nobody knows how far those got: they stay charged, whole.
-            for lease in leases:
-                self._accountant.settle(lease.lease_id, lease.steps)
-        else:
+        for lease in self._accountant.open_leases(self._run_id):
+            # Settled and not kept: the attempt that held them may be alive, and could give back
+            # what is used here. The step after the known ones may have begun. Where the machine
+            # went down nobody knows how far those got: they stay charged, whole.
+            begun = known + 1 - lease.first_step + 1 if self._trail.is_whole else lease.steps
+            self._accountant.settle(lease.lease_id, max(0, min(lease.steps, begun)))
+        until = known
+        if self._trail.is_whole:
             # No step after the known ones had its noise added, so what they were charged is unused.
             until = max(known, self._accountant.charged_to(self._run_id))
-            self._held = sorted(leases, key=lambda lease: lease.first_step)
-        if self._held:
-            self._began_before = known + 1
         return known, until, self._accountant.run_epsilon(self._run_id) if until else 0.0
 
     @property
@@ -166,6 +169,8 @@ class StepLeases:
         """
         if self._trail is None:
             return
+        if self._fence is not None:
+            self._fence.check()
         digest = digest_of(noised_sums)
         if step <= self._replayed_to and not self._trail.agrees(step, digest):
             self._went_otherwise = True
@@ -249,7 +254,7 @@ class StepLeases:
         if ahead is not None:
             with contextlib.suppress(DistDpError):
                 self._held.append(ahead.result())
-        self._settle(max(last_begun_step, self._began_before))
+        self._settle(last_begun_step)
         if self._replayed_to > self._done and self.refusal is None:
             answer = self._pay_replay()
             if answer not in ("", PAID):
@@ -264,9 +269,11 @@ class StepLeases:
                 result = action()
             except DistDpError as error:
                 failure = error
-        result, message = broadcast_object((result, str(failure) if failure else None))
+        said = (type(failure), str(failure)) if failure else None
+        result, said = broadcast_object((result, said))
         if failure is not None:
             raise failure
-        if message is not None:
-            raise DistDpError(f"accountant: {message}")
+        if said is not None:
+            kind, message = said
+            raise kind(f"accountant: {message}")
         return result

@@ -15,7 +15,7 @@ from typing import Any
 
 import sqlalchemy as sa
 
-from dist_dp.errors import LedgerError
+from dist_dp.errors import LedgerAwayError, LedgerError
 from dist_dp.ledger_address import INSTEAD_OF_A_PASSWORD, LedgerAddress
 from dist_dp.ledger_store import LedgerStore, LostConnectionError
 from dist_dp.ledger_tables import APPEND_ONLY, metadata, read_meta, write_meta
@@ -159,8 +159,10 @@ class PostgresStore(LedgerStore):
                 f"address: {INSTEAD_OF_A_PASSWORD}); what was acknowledged is in the ledger"
             )
         if state in ("55P03", "57014"):
-            remedy = "another process holds it: wait for it to end, then try again"
-        elif state == "25006":
+            return LedgerAwayError(
+                f"{where}: another process holds it: wait for it to end, then try again"
+            )
+        if state == "25006":
             remedy = "this server is a copy that cannot be written: name the primary server"
         elif state in ("42501", "3F000"):
             remedy = (

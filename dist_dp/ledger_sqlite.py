@@ -14,7 +14,7 @@ from collections.abc import Iterator
 
 import sqlalchemy as sa
 
-from dist_dp.errors import LedgerError
+from dist_dp.errors import LedgerAwayError, LedgerError
 from dist_dp.ledger_address import LedgerAddress
 from dist_dp.ledger_entry import RESTORE
 from dist_dp.ledger_migration import migrate
@@ -140,13 +140,16 @@ class SQLiteStore(LedgerStore):
 
     def _explain(self, error: Exception, cause: str) -> LedgerError:
         lowered = cause.lower()
+        where = f"the ledger {self.path} cannot be used ({cause})"
         if "not a database" in lowered or "malformed" in lowered:
             remedy = (
                 "it is damaged or is no ledger: restore it from a back-up (do not delete it: the "
                 "privacy that was spent would be forgotten)"
             )
         elif "locked" in lowered or "busy" in lowered:
-            remedy = "another process holds it: wait for it to end, then try again"
+            return LedgerAwayError(
+                f"{where}: another process holds it: wait for it to end, then try again"
+            )
         elif "full" in lowered:
             remedy = "nothing was charged: make room on the disk, then try again"
         elif "readonly" in lowered or "unable to open" in lowered or "permission" in lowered:
@@ -155,4 +158,4 @@ class SQLiteStore(LedgerStore):
             remedy = "a newer dist-dp has changed it meanwhile: start again with that version"
         else:
             remedy = "check the disk; nothing was charged by this call"
-        return LedgerError(f"the ledger {self.path} cannot be used ({cause}): {remedy}")
+        return LedgerError(f"{where}: {remedy}")

@@ -9,13 +9,13 @@ from contextlib import AbstractContextManager, contextmanager
 
 import sqlalchemy as sa
 
-from dist_dp.errors import LedgerError
+from dist_dp.errors import LedgerAwayError, LedgerError
 from dist_dp.ledger_address import LedgerAddress
 from dist_dp.ledger_tables import SCHEMA_VERSION, Transaction
 from dist_dp.ledger_witness import Witness
 
 
-class LostConnectionError(LedgerError):
+class LostConnectionError(LedgerAwayError):
     """The database went away; whether a transaction that was ending was kept is not known."""
 
 
@@ -50,8 +50,8 @@ class LedgerStore(ABC):
             state of the ledger, which holds every transaction that had ended before it began.
 
         Raises:
-            LedgerError: the database was damaged, removed, replaced, locked for a minute, or is
-                full.
+            LedgerError: the database was damaged, removed, replaced, or is full.
+            LedgerAwayError: it was locked for a minute.
             LostConnectionError: it cannot be reached any more.
         """
         if self._pid != os.getpid():

@@ -16,8 +16,9 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
+from dist_dp.durable import sync_folder
 from dist_dp.errors import CheckpointError
-from dist_dp.limits import MAX_TRAIL_BYTES
+from dist_dp.limits import MAX_TRAIL_BYTES, read_whole
 
 _RECORD = struct.Struct("<I12s")
 _NUMBERS = 4096
@@ -53,28 +54,29 @@ class StepTrail:
     So the trail says which machine wrote it, since when it has been up, and ``is_whole`` whether
     that is this one: otherwise more steps may have been taken than it knows.
 
+    One that is opened is replaced by a copy of it: whoever had it open before writes into a file
+    without a name, so an attempt that was given up (`dist_dp.fence`) adds nothing.
+
     Args:
         path: The file; made if missing (mode 0600). A record cut short is left out.
 
     Raises:
-        CheckpointError: The file is far too large.
+        CheckpointError: It cannot be written, or is far too large.
     """
 
     def __init__(self, path: Path) -> None:
         self.path = path
         path.parent.mkdir(parents=True, exist_ok=True, mode=0o700)
-        self._file = os.open(path, os.O_RDWR | os.O_CREAT, 0o600)
+        try:
+            content = read_whole(path, MAX_TRAIL_BYTES) if path.exists() else b""
+        except (OSError, ValueError) as error:
+            raise CheckpointError(
+                f"'{path}' is no trail of a run ({error}): remove it (the steps since the last "
+                "checkpoint are charged again)"
+            ) from None
         self._digests: dict[int, bytes] = {}
         self.is_whole = True
         writer = b""
-        size = os.fstat(self._file).st_size
-        if size > MAX_TRAIL_BYTES:
-            self.close()
-            raise CheckpointError(
-                f"'{path}' has {size:,} bytes, at most {MAX_TRAIL_BYTES:,} are read: it is no "
-                "trail of a run; remove it (the steps since the last checkpoint are charged again)"
-            )
-        content = os.pread(self._file, size, 0)
         whole = len(content) // _RECORD.size
         for number in range(whole):
             step, digest = _RECORD.unpack_from(content, number * _RECORD.size)
@@ -82,11 +84,23 @@ class StepTrail:
                 writer = digest
             else:
                 self._set(step, digest)
-        self._size = whole * _RECORD.size
-
+        content = content[: whole * _RECORD.size]
         if writer != _this_boot():
             self.is_whole = whole == 0
-            self._write(_WRITER, _this_boot())
+            content += _RECORD.pack(_WRITER, _this_boot())
+        self._size = 0
+        aside = path.with_name(f".{path.name}.{secrets.token_hex(8)}.partial")
+        self._file = os.open(aside, os.O_RDWR | os.O_CREAT | os.O_EXCL, 0o600)
+        try:
+            self._append(content)
+            os.fsync(self._file)
+            aside.rename(path)
+        except BaseException:
+            self.close()
+            aside.unlink(missing_ok=True)
+            raise
+        # A trail without the name of its writer would be taken for one of a run without steps.
+        sync_folder(path.parent)
 
     def last_step_after(self, done: int) -> int:
         """The last step up to which every step after ``done`` is known; ``done`` if none is."""
@@ -107,7 +121,20 @@ class StepTrail:
         self._write(step, digest)
 
     def _write(self, step: int, digest: bytes) -> None:
-        self._size += os.pwrite(self._file, _RECORD.pack(step, digest), self._size)
+        self._append(_RECORD.pack(step, digest))
+
+    def _append(self, content: bytes) -> None:
+        try:
+            # Once more from where a full disk cut it off, and then with the reason.
+            written = 0
+            while written < len(content):
+                written += os.pwrite(self._file, content[written:], self._size + written)
+        except OSError as error:
+            raise CheckpointError(
+                f"cannot write the trail '{self.path}' ({error.strerror}): free some space, then "
+                "go on with --resume"
+            ) from error
+        self._size += written
 
     def _set(self, step: int, digest: bytes) -> None:
         if step in self._digests:

@@ -71,7 +71,7 @@ def start(*arguments: str | Path, folder: Path, **environment: str) -> subproces
         )
 
 
-def charged_steps(ledger: Path, dataset: str, run_id: str) -> int:
+def charged_steps(ledger: Path | str, dataset: str, run_id: str) -> int:
     """Steps of a run that count in the ledger: settled ones as used, other leases whole."""
     leases: dict[str, int] = {}
     for entry in Ledger(ledger).history(dataset):

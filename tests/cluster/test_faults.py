@@ -24,29 +24,42 @@ def harm(moment: str, rank: int = 0, kind: str = "killed", step: int | None = No
     return {"moment": moment, "rank": rank, "kind": kind, "step": step or AT.get(moment, 0)}
 
 
-def fit(folder: Path, clicks: Path, harms: list[Any], **cluster: Any) -> dict[str, Any]:
-    """A run through the harms; all of them must have come true."""
+def values_of(
+    folder: Path, clicks: Path, harms: list[Any], **sections: dict[str, Any]
+) -> dict[str, Any]:
+    """A configuration of a run through the harms, with changes by section."""
     folder.mkdir(exist_ok=True)
-    values = small(
-        folder,
-        clicks,
-        model={
+    values: dict[str, dict[str, Any]] = {
+        "model": {
             "name": "custom",
             "factory": "tests.cluster.faulty:doomed",
             "factory_args": {"harms": harms, "folder": str(folder)},
             "embedding_dim": None, "dense_arch": None, "over_arch": None,
             "sharding": "row_wise",
         },
-        privacy={"epsilon": None, "noise_multiplier": 1.0, "seed": 7, "delta": 1e-5},
-        train={"steps": STEPS, "checkpoint_every": 4, "evaluate_every": 7, "lease_steps": 5},
-        cluster={"max_failures": len(harms), **cluster},
-        output={"name": "run"},
-    )  # fmt: skip
+        "privacy": {"epsilon": None, "noise_multiplier": 1.0, "seed": 7, "delta": 1e-5},
+        "train": {"steps": STEPS, "checkpoint_every": 4, "evaluate_every": 7, "lease_steps": 5},
+        "cluster": {"max_failures": len(harms)},
+        "output": {"name": "run"},
+    }  # fmt: skip
+    for name, section in sections.items():
+        values[name] = {**values.get(name, {}), **section}
+    return small(folder, clicks, **values)
+
+
+def came_true(folder: Path, harms: list[Any]) -> bool:
+    return all((folder / f"harm-{number}").exists() for number in range(len(harms)))
+
+
+def fit(folder: Path, clicks: Path, harms: list[Any], **cluster: Any) -> dict[str, Any]:
+    """A run through the harms; all of them must have come true."""
+    cluster = {"max_failures": len(harms), **cluster}
+    values = values_of(folder, clicks, harms, cluster=cluster)
     said: list[dict[str, Any]] = []
     summary = Trainer(parse_config(values), watch=said.append).fit()
-    assert [n for n in range(len(harms)) if not (folder / f"harm-{n}").exists()] == []
+    assert came_true(folder, harms)
     assert not (folder / "runs" / "run" / "private").exists()
-    return {**summary, "said": [s["phase"] for s in said if "phase" in s]}
+    return {**summary, "said": said}
 
 
 def same_model(one: Path, other: Path) -> bool:

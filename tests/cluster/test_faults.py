@@ -129,6 +129,8 @@ def test_killed_when_all_is_done_but_the_account(
 def test_a_worker_that_hangs_is_started_again(
     undisturbed: tuple[Path, dict[str, Any]], tmp_path: Path, clicks: Path
 ) -> None:
-    summary = fit(tmp_path, clicks, [harm("in the forward", kind="hung")], hang_timeout_s=6.0)
+    harms = [harm("in the forward", kind="hung")]
+    # On a machine that is busy with other things, a step may take as long, too.
+    summary = fit(tmp_path, clicks, harms, hang_timeout_s=6.0, max_failures=5)
     assert summary["steps"] == STEPS and charged(tmp_path) == STEPS
     assert same_model(tmp_path, undisturbed[0])

@@ -97,7 +97,7 @@ class StepLeases:
         self._until = done
         self._done = done
         self._replayed_to = done  # the last step that an earlier attempt took
-        self._went_otherwise = False
+        self._otherwise: tuple[int, bytes] | None = None  # a replayed step, until that is paid
         self.epsilon_charged = 0.0
         self.refusal: str | None = None
         if trail is not None:
@@ -111,6 +111,10 @@ class StepLeases:
             The last step it is known to have taken, the last one charged, and the run's ε.
         """
         assert self._accountant is not None and self._trail is not None
+        if self._trail.owed is not None:  # the attempt before ended between the step and its charge
+            first, last = self._trail.owed
+            self._charge_again(first, last)
+            self._trail.note_paid()
         known = self._trail.last_step_after(self._done)
         charged = self._accountant.run_steps(self._run_id)
         if charged < known:
@@ -173,7 +177,10 @@ class StepLeases:
             self._fence.check()
         digest = digest_of(noised_sums)
         if step <= self._replayed_to and not self._trail.agrees(step, digest):
-            self._went_otherwise = True
+            # What it replaces stays in the trail until the charge is on disk.
+            self._otherwise = (step, digest)
+            self._trail.note_owed(self._done + 1, self._replayed_to)
+            return
         self._trail.note(step, digest)
 
     def _pay_replay(self) -> str:
@@ -182,22 +189,33 @@ class StepLeases:
         Returns:
             ``PAID``, nothing if there is nothing to pay, or why it cannot be paid.
         """
-        if not self._went_otherwise:
+        if self._otherwise is None:
             return ""
-        assert self._accountant is not None
-        count = self._replayed_to - self._done
+        assert self._trail is not None
         try:
-            lease = self._accountant.reserve(self._run_id, self._done + 1, count)
+            self._charge_again(self._done + 1, self._replayed_to)
         except BudgetError as error:
             return str(error)
+        self._trail.note(*self._otherwise)
+        self._trail.note_paid()
+        self._otherwise = None
+        return PAID
+
+    def _charge_again(self, first: int, last: int) -> None:
+        """Charges steps that were charged before.
+
+        Raises:
+            BudgetError: The budget does not cover them all; what it covers is charged.
+        """
+        assert self._accountant is not None
+        count = last - first + 1
+        lease = self._accountant.reserve(self._run_id, first, count)
         self._accountant.settle(lease.lease_id, lease.steps)
         if lease.steps < count:
-            return (
+            raise BudgetError(
                 f"{count} steps since the last checkpoint were taken again and came out otherwise; "
                 f"the budget covers {lease.steps} of them a second time"
             )
-        self._went_otherwise = False
-        return PAID
 
     def _ask_ahead(self, step: int) -> None:
         """Half-way through the last lease: asks for the next, in a thread."""

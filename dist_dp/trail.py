@@ -23,6 +23,8 @@ from dist_dp.limits import MAX_TRAIL_BYTES, read_whole
 _RECORD = struct.Struct("<I12s")
 _NUMBERS = 4096
 _WRITER = 0  # in place of a step: who wrote what follows
+_OWED, _PAID = 0xFFFFFFFF, 0xFFFFFFFE  # likewise: steps to be charged again, and that they were
+_STRETCH = struct.Struct("<II4x")
 _BOOT = Path("/proc/sys/kernel/random/boot_id")
 
 
@@ -75,6 +77,7 @@ class StepTrail:
                 "checkpoint are charged again)"
             ) from None
         self._digests: dict[int, bytes] = {}
+        self.owed: tuple[int, int] | None = None
         self.is_whole = True
         writer = b""
         whole = len(content) // _RECORD.size
@@ -82,6 +85,10 @@ class StepTrail:
             step, digest = _RECORD.unpack_from(content, number * _RECORD.size)
             if step == _WRITER:
                 writer = digest
+            elif step == _OWED:
+                self.owed = _STRETCH.unpack(digest)
+            elif step == _PAID:
+                self.owed = None
             else:
                 self._set(step, digest)
         content = content[: whole * _RECORD.size]
@@ -119,6 +126,19 @@ class StepTrail:
             return
         self._set(step, digest)
         self._write(step, digest)
+
+    def note_owed(self, first: int, last: int) -> None:
+        """Writes down that steps ``first .. last`` came out otherwise and are to be charged again.
+
+        Before it is done: whoever goes on after a crash in between finds it in ``owed``.
+        """
+        self.owed = (first, last)
+        self._write(_OWED, _STRETCH.pack(first, last))
+
+    def note_paid(self) -> None:
+        """Writes down that nothing is owed any more."""
+        self.owed = None
+        self._write(_PAID, bytes(_STRETCH.size))
 
     def _write(self, step: int, digest: bytes) -> None:
         self._append(_RECORD.pack(step, digest))

@@ -186,6 +186,38 @@ def test_a_replay_that_comes_out_otherwise_is_charged_again(
     assert accountant.open_leases("run") == []
 
 
+@pytest.mark.parametrize("after", ["nothing", "the charge"])
+@pytest.mark.parametrize("checkpoint_again", [False, True])
+def test_killed_between_a_step_that_came_out_otherwise_and_its_charge(
+    books: Callable[[int], LocalAccountant],
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    after: str,
+    checkpoint_again: bool,
+) -> None:
+    """Whoever goes on pays for it, though it takes the step as the first attempt did."""
+    accountant, trail = books(10 * STEPS), tmp_path / "trail"
+    attempt(accountant, trail, crash_at=14)
+    again = StepLeases._charge_again
+
+    def killed(self: StepLeases, first: int, last: int) -> None:
+        if after == "the charge":
+            again(self, first, last)
+        raise KeyboardInterrupt
+
+    with monkeypatch.context() as patch:
+        patch.setattr(StepLeases, "_charge_again", killed)
+        with pytest.raises(KeyboardInterrupt):
+            attempt(accountant, trail, done=4, sums=lambda s: sums_of(s) + (s == 8) * 1e-3)
+    # A checkpoint of step 8 may have been saved before the next step asked for its charge.
+    attempt(accountant, trail, done=8 if checkpoint_again else 4)
+    twice = 13 - 4  # the replayed stretch; the same once more where nobody knows it was charged
+    assert charged(accountant) >= STEPS + twice
+    assert charged(accountant) <= STEPS + (1 + (after == "the charge")) * twice + 1
+    attempt(accountant, trail, done=16)
+    assert charged(accountant) <= STEPS + (1 + (after == "the charge")) * twice + 1
+
+
 def test_one_bit_is_enough() -> None:
     some = torch.randn(100_000, generator=torch.Generator().manual_seed(1))
     other = some.clone()

@@ -30,6 +30,9 @@ GIVEN_UP = ".given-up-"
 """Begins the names of folders that were taken from an attempt and not yet removed."""
 
 
+_NEW = os.O_WRONLY | os.O_CREAT | os.O_EXCL
+
+
 class Fence:
     """One attempt at a run. Only rank 0, which writes everything that outlives it, has one.
 
@@ -58,11 +61,13 @@ class Fence:
         """
         token = secrets.token_bytes(16)
         try:
-            folder.mkdir(parents=True, exist_ok=True, mode=0o700)
+            # One by one: parents that are made on the way would get the rights of the umask.
+            folder.parent.mkdir(exist_ok=True, mode=0o700)
+            folder.mkdir(exist_ok=True, mode=0o700)
             number = 1 + max((int(p.name) for p in folder.iterdir() if p.name.isdigit()), default=0)
             while True:
                 try:
-                    file = os.open(folder / f"{number:06d}", os.O_WRONLY | os.O_CREAT | os.O_EXCL)
+                    file = os.open(folder / f"{number:06d}", _NEW, 0o600)
                 except FileExistsError:
                     number += 1
                     continue

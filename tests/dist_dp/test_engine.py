@@ -270,7 +270,7 @@ def test_what_is_no_release(tmp_path: Path) -> None:
     manifest = json.loads((folder / "release.json").read_text())
     manifest["files"]["../outside"] = {"bytes": 0, "sha256": "0"}
     (folder / "release.json").write_text(json.dumps(manifest))
-    with pytest.raises(ReleaseError, match="outside its folder"):
+    with pytest.raises(ReleaseError, match="out of its folder"):
         load_release(folder, fresh)
     (folder / "release.json").write_text("{")
     with pytest.raises(ReleaseError, match="damaged"):

@@ -16,6 +16,8 @@ for _name, _value in {
     "RAY_ACCEL_ENV_VAR_OVERRIDE_ON_ZERO": "0",
     "RAY_DEDUP_LOGS": "1",
     "TORCH_CPP_LOG_LEVEL": "ERROR",
+    # Threads that wait give their core to the other processes of a test, and of the other tests.
+    "OMP_WAIT_POLICY": "PASSIVE",
 }.items():
     os.environ.setdefault(_name, _value)
 

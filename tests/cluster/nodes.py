@@ -53,6 +53,11 @@ def workers_on(node: Process) -> list[int]:
     return found
 
 
+def workers_of(cluster: LocalCluster) -> list[int]:
+    """Training workers on any node."""
+    return [pid for node in cluster.nodes for pid in workers_on(node)]
+
+
 def send(pids: list[int], number: signal.Signals) -> None:
     for pid in pids:
         with contextlib.suppress(ProcessLookupError):

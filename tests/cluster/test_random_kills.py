@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import csv
 import os
 import random
 import signal
@@ -13,52 +12,23 @@ from typing import Any
 
 import pytest
 
+from dist_dp.cluster.local_nodes import LocalCluster
 from dist_dp.cluster.run_folder import read_summary
 from dist_dp.ledger import Ledger
-from tests.cluster.small import ROOT, charged_steps, run, small, start, write_config
+from tests.cluster.nodes import cluster_of, last_step, workers_of
+from tests.cluster.small import charged_steps, small, start, write_config
 from tests.cluster.test_faults import same_model
 
 KILLS, STEPS = 60, 1800
-WORKER = b"ray::RayTrainWorker"
 
 
 @pytest.fixture(scope="module")
-def state_home(tmp_path_factory: pytest.TempPathFactory) -> Iterator[str]:
-    """Two nodes, by ``dist-dp cluster up``; what its processes know it by."""
-    home = str(tmp_path_factory.mktemp("state"))
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setenv("XDG_STATE_HOME", home)
-        patch.setenv("PYTHONPATH", f"{ROOT}:{os.environ.get('PYTHONPATH', '')}")
-        result = run("cluster", "up", "--nodes", "2", "--cpus-per-node", "1")
-        assert result.exit_code == 0, result.output
-        yield home
-        run("cluster", "down")
+def two_nodes(tmp_path_factory: pytest.TempPathFactory) -> Iterator[LocalCluster]:
+    with cluster_of(2, tmp_path_factory.mktemp("state")) as cluster:
+        yield cluster
 
 
-def workers(state_home: str) -> list[int]:
-    """Processes of training workers on these nodes."""
-    found = []
-    for folder in Path("/proc").glob("[0-9]*"):
-        try:
-            is_worker = (folder / "cmdline").read_bytes().startswith(WORKER)
-            if is_worker and state_home.encode() in (folder / "environ").read_bytes():
-                found.append(int(folder.name))
-        except OSError:
-            continue
-    return found
-
-
-def last_step(folder: Path) -> int:
-    """The last step in the metrics of a run."""
-    try:
-        with open(folder / "metrics.csv", encoding="utf-8", newline="") as file:
-            *_, row = csv.reader(file)
-        return int(float(row[0]))
-    except (OSError, ValueError):
-        return 0
-
-
-def train(folder: Path, clicks: Path, moments: list[int], state_home: str, seed: int) -> int:
+def train(folder: Path, clicks: Path, moments: list[int], cluster: LocalCluster, seed: int) -> int:
     """A run whose workers are killed when it has come to these steps; the kills that were done."""
     folder.mkdir()
     values = small(
@@ -80,7 +50,7 @@ def train(folder: Path, clicks: Path, moments: list[int], state_home: str, seed:
             assert time.monotonic() < deadline, (folder / "err.txt").read_text()
             time.sleep(0.02)
         time.sleep(chosen.random() * 0.2)  # anywhere in a step
-        alive = workers(state_home)
+        alive = workers_of(cluster)
         if process.poll() is None and alive:
             os.kill(chosen.choice(sorted(alive)), signal.SIGKILL)
             kills += 1
@@ -94,14 +64,14 @@ def train(folder: Path, clicks: Path, moments: list[int], state_home: str, seed:
 @pytest.mark.chaos
 @pytest.mark.timeout(3600)
 def test_sixty_random_kills(
-    tmp_path: Path, clicks: Path, state_home: str, record_property: Any
+    tmp_path: Path, clicks: Path, two_nodes: LocalCluster, record_property: Any
 ) -> None:
     chosen = random.Random(2026)
     moments = sorted(chosen.sample(range(20, STEPS - 20, 10), KILLS))
     begin = time.monotonic()
-    kills = train(tmp_path / "killed", clicks, moments, state_home, seed=1)
+    kills = train(tmp_path / "killed", clicks, moments, two_nodes, seed=1)
     disturbed = time.monotonic() - begin
-    train(tmp_path / "whole", clicks, [], state_home, seed=1)
+    train(tmp_path / "whole", clicks, [], two_nodes, seed=1)
     whole = time.monotonic() - begin - disturbed
     assert kills >= KILLS
     assert same_model(tmp_path / "killed", tmp_path / "whole")

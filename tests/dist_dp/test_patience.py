@@ -138,11 +138,11 @@ def test_a_server_that_is_down_is_waited_for(
 ) -> None:
     monkeypatch.setenv("XDG_DATA_HOME", str(tmp_path))
     accountant = opened(postgres_server.socket_url(postgres_server.new_database()))
-    patient, said = accountant, list[str]()
+    said: list[str] = []
     postgres_server.stop()
     restart = threading.Timer(2.0, postgres_server.start)
     restart.start()
-    patient = PatientAccountant(accountant, said.append)  # type: ignore[assignment]
+    patient = PatientAccountant(accountant, said.append)
     lease = patient.reserve("run", 1, 5)
     restart.join()
     patient.settle(lease.lease_id, 4)

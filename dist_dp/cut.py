@@ -8,7 +8,7 @@ scaled gradient goes on through TorchRec: one all-to-all, one fused update.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 import torch
@@ -69,6 +69,8 @@ class CutEmbeddings(nn.Module):
         self.group_of: dict[str, int] = {}
         self.timer = PhaseTimer()
         self._ahead: IdDistribution | None = None
+        # Rows that a mechanism trains at all, by unique table name; others count in no norm.
+        self.kept: Mapping[str, Tensor] = {}
         self._calls: list[LookupCall] = []
         self._held: list[WayBack] = []
         if self.pooled:
@@ -227,13 +229,19 @@ class CutEmbeddings(nn.Module):
 
     def squared_norms(self, batch: int, device: torch.device) -> Tensor:
         """Σ over tables of the squared per-example gradient norms, float ``[batch]``."""
-        tables = Tables(self.configs, self.output_names, self.pooled)
-        return collection_norms(tables, self._calls, batch, device)
+        return collection_norms(self._tables(), self._calls, batch, device)
 
     def squared_norms_of_users(self, users: UserGroups, device: torch.device) -> Tensor:
         """Σ over tables of the squared norms of users' gradients, float ``[units]``."""
-        tables = Tables(self.configs, self.output_names, self.pooled)
-        return collection_norms_of_users(tables, self._calls, users, device)
+        return collection_norms_of_users(self._tables(), self._calls, users, device)
+
+    def _tables(self) -> Tables:
+        kept = {
+            c.name: self.kept[self.table_id(c.name)]
+            for c in self.configs
+            if self.table_id(c.name) in self.kept
+        }
+        return Tables(self.configs, self.output_names, self.pooled, kept)
 
     def backward(self, coefficients: Tensor, rates: Sequence[float]) -> None:
         """Sends the scaled gradient on and updates the tables.

@@ -385,7 +385,8 @@ class PrivacyEngine:
             )
         settings = optimizer_settings(optimizer, table_optimizer, table_lr)
         self.mechanism_class.check_optimizer(settings.tables.kind)
-        if micro_batch_size is not None and settings.tables.kind != "sgd":
+        takes_updates = self.mechanism_class.takes_updates
+        if micro_batch_size is not None and settings.tables.kind != "sgd" and not takes_updates:
             raise ConfigError(
                 f"micro_batch_size {micro_batch_size} does not go with the table optimizer "
                 f"'{settings.tables.kind}', which would take a step for each part of a batch: use "

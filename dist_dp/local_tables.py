@@ -11,7 +11,7 @@ from torch import Tensor, nn
 
 from dist_dp.repairs import work_without_rows
 from dist_dp.replicas import ReplicatedTables, sequence_lookup
-from dist_dp.row_gradients import RowGradients, apply_to_state
+from dist_dp.row_gradients import Apply, RowGradients, apply_to_state
 from dist_dp.table_shard import TableShard
 
 Reads = list[tuple[TableShard, Tensor]]
@@ -39,12 +39,14 @@ class Kernel:
 
     def reads(self, features: Any) -> Reads:
         """What a lookup of these features (a KeyedJaggedTensor of shard-local ids) reads."""
+        return [(shard, rows) for shard, rows, _ in self.spans(features)]
+
+    def spans(self, features: Any) -> list[tuple[TableShard, Tensor, slice]]:
+        """As :meth:`reads`, with the place of each shard's rows among the features' ids."""
         bounds, values = features.offset_per_key(), features.values()
         ends = list(itertools.accumulate(self.feature_counts, initial=0))
-        return [
-            (shard, values[bounds[start] : bounds[end]])
-            for shard, start, end in zip(self.shards, ends, ends[1:], strict=False)
-        ]
+        spans = [slice(bounds[start], bounds[end]) for start, end in itertools.pairwise(ends)]
+        return [(s, values[span], span) for s, span in zip(self.shards, spans, strict=True)]
 
 
 class LocalTables:
@@ -178,6 +180,25 @@ class LocalTables:
                 found.append([(shard, rows) for shard, rows in reads if not shard.replicated])
         return found
 
+    def weighted_reads_of(self, arrived: Any) -> list[tuple[TableShard, Tensor, Tensor]]:
+        """Shards, local rows and weights of ids that arrived with weights, replicas too.
+
+        What arrived for a replicated table is this rank's own.
+
+        Args:
+            arrived: One KeyedJaggedTensor for each lookup of the sharded collection.
+        """
+        found = []
+        kernel_of = {kernel.module: kernel for kernel in self.kernels}
+        for lookup, features in zip(self._sharded._lookups, arrived, strict=True):
+            parts = features.split(lookup._feature_splits)
+            for module, part in zip(lookup._emb_modules, parts, strict=True):
+                kernel = kernel_of[module]
+                weights = part.weights()
+                for shard, rows, span in kernel.spans(part):
+                    found.append((shard, rows, weights[span]))
+        return found
+
     def own_updates(self) -> None:
         """Takes the update away from kernels with shards whose state is more than a weight.
 
@@ -189,7 +210,14 @@ class LocalTables:
             if any(s.momentum is not None or s.low is not None for s in kernel.shards):
                 self.own_update(kernel)
 
-    def own_update(self, kernel: Kernel) -> None:
+    def give_updates(self, apply: Apply) -> None:
+        """Takes the update of every kernel away from FBGEMM and gives it to a mechanism."""
+        for kernel in self.kernels:
+            self.own_update(kernel, apply, always=True)
+
+    def own_update(
+        self, kernel: Kernel, apply: Apply = apply_to_state, *, always: bool = False
+    ) -> None:
         """Takes the update away from one kernel."""
         if kernel.replicas is not None:
             self.replicas.remove(kernel.replicas)
@@ -199,7 +227,8 @@ class LocalTables:
                 kernel.shards,
                 kernel.feature_counts,
                 pooled=self._pooled,
-                apply=apply_to_state,
+                apply=apply,
+                always=always,
                 replicas=kernel.replicas,
             )
         )

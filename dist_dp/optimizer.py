@@ -16,6 +16,7 @@ from dist_dp.cut import CutEmbeddings
 from dist_dp.distributed import all_reduce_sum
 from dist_dp.errors import ConfigError, DistDpError, ModelError
 from dist_dp.mechanisms.base import Mechanism, Schedule
+from dist_dp.mechanisms.sparse import SparseNoise
 from dist_dp.momentum_schedule import MomentumSchedule
 from dist_dp.noise_grid import check_spacing
 from dist_dp.noise_schedule import NoiseSchedule, check_step
@@ -216,6 +217,9 @@ class PrivateOptimizer(torch.optim.Optimizer):
         device = self.device
         is_real = is_real.to(device)
         users = self._users_in_flight(device)
+        if isinstance(self.mechanism, SparseNoise):
+            with self.timer.phase("select"):
+                self.mechanism.contribute(self.cuts, is_real, users)
         with self.timer.phase("clip"):
             norms, coefficients = self._coefficients(is_real, users)
             sums = self._sums
@@ -241,14 +245,17 @@ class PrivateOptimizer(torch.optim.Optimizer):
             signal_to_noise = self._noise_dense(sums, step)
             if self.on_noised_sums is not None:
                 self.on_noised_sums(step, sums.flat)
+        if isinstance(self.mechanism, SparseNoise):
+            with self.timer.phase("select"):
+                rates = [(float(g["lr"]), float(g["weight_decay"])) for g in self._table_groups]
+                self.mechanism.select(self.cuts, step, rates)
         # The noise is owed before the first gradient is in: should the update fail half-way, a
         # release still settles it.
         self.record_step()
         self._recorded = None
         with self.timer.phase("update"):
-            rates = self._table_rates()
             for cut in self.cuts:
-                cut.backward(per_example, rates)
+                cut.backward(per_example, self._table_rates())
             self._update_dense(sums)
         with self.timer.phase("noise"):
             self.mechanism.after_update([s for c in self.cuts for s in c.shards])
@@ -287,7 +294,7 @@ class PrivateOptimizer(torch.optim.Optimizer):
         settings = [(float(g["lr"]), float(g["weight_decay"])) for g in self._table_groups]
         if self._recorded is None:
             noise = {
-                "noise_multiplier": self.plan.noise_multiplier_at(self.step_in_flight),
+                "noise_multiplier": self.plan.gradient_multiplier_at(self.step_in_flight),
                 "max_grad_norm": self.plan.max_grad_norm_at(self.step_in_flight),
                 "expected_batch_size": self.plan.expected_batch_size,
             }
@@ -327,8 +334,11 @@ class PrivateOptimizer(torch.optim.Optimizer):
         """What the gradient of each group of tables is scaled by.
 
         The step size (the decay of a step is applied later, with its noise); with momentum, what
-        puts it into the momentum before the step's transition is applied.
+        puts it into the momentum before the step's transition is applied. A mechanism that updates
+        the tables itself knows the rates.
         """
+        if self.mechanism.takes_updates:
+            return [1.0] * len(self._table_groups)
         return [
             1.0 / schedule.momentum
             if isinstance(schedule, MomentumSchedule)

@@ -27,20 +27,23 @@ from dist_dp.noise_levels import factor_levels, planned_costs
 from dist_dp.plain_model import PlainModel
 from dist_dp.plan_checks import check_agreement, check_delta_of
 from dist_dp.schedules import ScheduleConfig, learning_rate_at
+from dist_dp.sparse_settings import ADAPTIVE, SparseSettings
 from dist_dp.statement import not_covered, statement_of
 from dist_dp.step_costs import StepCosts
 
-Mechanism = Literal["none", "dpsgd", "lazydp"]
+Mechanism = Literal["none", "dpsgd", "lazydp", "fest", "adafest", "adafest+"]
 
 
 class PrivacyPlan(PlainModel):
     """What a run does to private data, in simple types that go to JSON or YAML and back.
 
     Args:
-        mechanism: `none` (no privacy), `dpsgd` (noise on every row each step) or `lazydp` (the
-            same distribution, drawn when a row is read).
-        noise_multiplier: noise standard deviation over `max_grad_norm`, the largest of any step;
-            left out until `calibrate` finds it.
+        mechanism: `none` (no privacy), `dpsgd` (noise on every row each step), `lazydp` (the
+            same distribution, drawn when a row is read), or `fest`, `adafest`, `adafest+` (noise
+            on few rows).
+        noise_multiplier: noise standard deviation over sensitivity of a step, the largest of any;
+            left out until `calibrate` finds it. Where a step also selects rows it is that of
+            selection and gradients together; `gradient_multiplier_at` is the gradients' own.
         max_grad_norm: bound C on the Euclidean norm of one unit's gradient, over all layers and
             tables together: a record's, or the sum over a user's records in a step.
         clip_schedule: factor of `max_grad_norm` by step, a schedule with base 1; the same at every
@@ -66,6 +69,7 @@ class PrivacyPlan(PlainModel):
         noise_grid: spacing of the grid that noised table rows are put on, a power of two; None
             for none. See `dist_dp.noise_grid`.
         noise_rounds: ChaCha rounds of the noise: 20 or 12.
+        sparse: what `fest`, `adafest` and `adafest+` select rows by.
 
     Raises:
         ConfigError: a key is unknown, of the wrong type, or contradicts another; the message
@@ -98,6 +102,7 @@ class PrivacyPlan(PlainModel):
     noise_rounds: Literal[20, 12] = 20
     clip_schedule: ScheduleConfig | None = None
     noise_multiplier_schedule: ScheduleConfig | None = None
+    sparse: SparseSettings | None = None
 
     @field_validator(
         "noise_multiplier", "max_grad_norm", "num_records", "num_users", "max_records_per_user",
@@ -143,7 +148,7 @@ class PrivacyPlan(PlainModel):
 
         With a schedule of either, no step has more; see `noise_on_sum_at`.
         """
-        return (self.noise_multiplier or 0.0) * self.max_grad_norm
+        return self._of_gradients(self.noise_multiplier or 0.0) * self.max_grad_norm
 
     def max_grad_norm_at(self, step: int) -> float:
         """The clip norm C of a step; the first step is 1.
@@ -189,9 +194,23 @@ class PrivacyPlan(PlainModel):
         ]
         return min(multipliers), max(multipliers)
 
+    def gradient_multiplier_at(self, step: int) -> float:
+        """The noise multiplier of a step's gradients: σ, or σ₂ where a selection has its share.
+
+        Guarantee:
+            With the selection's own σ₁ it makes σ: 1/σ² = 1/σ₁² + 1/σ₂²; see
+            `dist_dp.sparse_settings`.
+        """
+        return self._of_gradients(self.noise_multiplier_at(step))
+
+    def _of_gradients(self, noise_multiplier: float) -> float:
+        if self.mechanism not in ADAPTIVE or self.sparse is None:
+            return noise_multiplier
+        return self.sparse.gradient_multiplier(noise_multiplier)
+
     def noise_on_sum_at(self, step: int) -> float:
-        """Standard deviation σC of the noise on a step's sum of gradients."""
-        return self.noise_multiplier_at(step) * self.max_grad_norm_at(step)
+        """Standard deviation of the noise on a step's sum of gradients: σC, or σ₂C."""
+        return self.gradient_multiplier_at(step) * self.max_grad_norm_at(step)
 
     @property
     def dense_noise_grid(self) -> float | None:

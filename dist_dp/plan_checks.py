@@ -7,6 +7,7 @@ from typing import TYPE_CHECKING
 from dist_dp.errors import ConfigError
 from dist_dp.noise_grid import spacing_text
 from dist_dp.schedules import ScheduleConfig, check_factors
+from dist_dp.sparse_settings import SPARSE_MECHANISMS
 
 if TYPE_CHECKING:
     from dist_dp.plan import PrivacyPlan
@@ -38,6 +39,7 @@ def check_agreement(plan: PrivacyPlan) -> None:
                 )
     elif plan.delta is not None:
         check_delta_of(plan, plan.delta)
+    _check_sparse(plan)
     if plan.clip_schedule is not None:
         _check_clip_schedule(plan, plan.clip_schedule)
     if plan.noise_multiplier_schedule is not None:
@@ -63,6 +65,27 @@ def _check_unit(plan: PrivacyPlan) -> None:
                 f"{key} {getattr(plan, key)} is set, but the unit of privacy is one {plan.unit}: "
                 f"leave out {key}, or change the unit"
             )
+
+
+def _check_sparse(plan: PrivacyPlan) -> None:
+    if plan.mechanism not in SPARSE_MECHANISMS:
+        if plan.sparse is not None:
+            raise ConfigError(
+                f"sparse is set, but mechanism '{plan.mechanism}' selects no rows: leave it out, "
+                f"or choose {', '.join(SPARSE_MECHANISMS)}"
+            )
+        return
+    if plan.sparse is None:
+        raise ConfigError(
+            f"sparse is missing: mechanism '{plan.mechanism}' needs to know by what rows are "
+            "selected (a threshold or expected false positives, the rows to keep)"
+        )
+    plan.sparse.check_for(plan.mechanism)
+    if plan.noise_grid is not None:
+        raise ConfigError(
+            f"noise_grid does not go with mechanism '{plan.mechanism}': leave it out, or choose "
+            "'lazydp'"
+        )
 
 
 def _check_clip_schedule(plan: PrivacyPlan, schedule: ScheduleConfig) -> None:

@@ -3,8 +3,8 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping
-from dataclasses import dataclass, field
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field, replace
 from typing import Any
 
 import torch
@@ -12,19 +12,21 @@ from torch import Tensor, nn
 
 from dist_dp import kernels
 from dist_dp.clipping.recorder import DenseRecorder
+from dist_dp.contributions import KeptRows
 from dist_dp.cut import CutEmbeddings
 from dist_dp.distributed import world_size
 from dist_dp.errors import ConfigError, ModelError, ReleaseError
-from dist_dp.mechanisms import Mechanism, Read, mechanism_class
+from dist_dp.mechanisms import Mechanism, Read, SparseNoise, mechanism_class
 from dist_dp.mechanisms.row_states import give_state, has_own_state
 from dist_dp.momentum_schedule import MomentumSchedule
 from dist_dp.noise_schedule import NoiseSchedule
 from dist_dp.optimizer import LossReduction, PrivateOptimizer, watch_forwards
-from dist_dp.optimizer_settings import OptimizerSettings
+from dist_dp.optimizer_settings import OptimizerSettings, TableGroup
 from dist_dp.plan import PrivacyPlan
 from dist_dp.probe import check_outputs_independent
+from dist_dp.row_optimizers import RowOptimizer
 from dist_dp.shard_model import shard_model
-from dist_dp.sharding import ShardingKind, embedding_collections
+from dist_dp.sharding import ShardingKind, TableOptimizer, embedding_collections
 from dist_dp.step_state import StepState
 from dist_dp.table_shard import TableShard
 from dist_dp.timing import PhaseTimer
@@ -125,6 +127,7 @@ def build_private_model(
     timer: PhaseTimer | None = None,
     probe_first_forward: bool = True,
     records_per_unit: float = 1.0,
+    kept: KeptRows | None = None,
 ) -> PrivateModel:
     """Shards a model, cuts it at its tables and gives it a private optimizer.
 
@@ -143,6 +146,7 @@ def build_private_model(
         probe_first_forward: Check on the first training batch that the model's output for one
             example does not depend on the others.
         records_per_unit: Mean records of a unit in a step, for TorchRec's planner.
+        kept: The rows that are trained, by unique table name, for mechanisms that choose them once.
 
     Returns:
         The private model, in training mode.
@@ -163,23 +167,21 @@ def build_private_model(
     cuts = shard_model(
         model,
         sharding,
-        optimizer=settings.tables,
+        # What the mechanism updates itself needs no state of FBGEMM's.
+        optimizer=TableOptimizer() if mechanism_kind.takes_updates else settings.tables,
         secret=secret,
         batch_size=math.ceil(plan.expected_batch_size * records_per_unit / world_size()),
         device=device,
     )
     recorder = DenseRecorder(model, skip=tuple(cuts))
-    mechanism = mechanism_kind(
-        [MomentumSchedule(g.momentum) if g.momentum else NoiseSchedule() for g in groups],
-        grid=plan.noise_grid,
-        rounds=plan.noise_rounds,
-    )
+    mechanism = _mechanism_of(plan, settings.tables, groups, kept)
     group_of = {table: number for number, group in enumerate(groups) for table in group.tables}
     for cut in cuts:
         cut.group_of = group_of
     for shard in (s for cut in cuts for s in cut.shards):
         shard.group = group_of[shard.table]
-        give_state(shard, momentum=groups[shard.group].momentum > 0)
+        mine = groups[shard.group].momentum > 0 and not mechanism.takes_updates
+        give_state(shard, momentum=mine)
         if plan.noise_grid is not None and has_own_state(shard):
             raise ConfigError(
                 f"noise.grid does not go with momentum or half-precision tables (table "
@@ -209,7 +211,11 @@ def build_private_model(
     for cut in cuts:
         cut.timer = timer
         cut.watch_lookups(settle_before_lookup)
-        cut.local.own_updates()
+        if isinstance(mechanism, SparseNoise):
+            cut.kept = mechanism.kept
+            cut.local.give_updates(mechanism.apply)
+        else:
+            cut.local.own_updates()
         for shard in cut.shards:
             shard.noise_key = kernels.derive_key(secret, "tables", shard.table)
             mechanism.prepare(shard)
@@ -220,6 +226,29 @@ def build_private_model(
     private.fixed = {n: t.detach().cpu().clone() for n, t in _fixed_tensors(model, recorder, cuts)}
     model.train()
     return private
+
+
+def _mechanism_of(
+    plan: PrivacyPlan,
+    tables: TableOptimizer,
+    groups: Sequence[TableGroup],
+    kept: KeptRows | None,
+) -> Mechanism:
+    """The plan's mechanism, for the groups of tables."""
+    kind = mechanism_class(plan.mechanism)
+    if issubclass(kind, SparseNoise):
+        return kind(
+            [NoiseSchedule() for _ in groups],
+            plan=plan,
+            optimizers=[RowOptimizer(replace(tables, momentum=g.momentum)) for g in groups],
+            kept=kept,
+            rounds=plan.noise_rounds,
+        )
+    return kind(
+        [MomentumSchedule(g.momentum) if g.momentum else NoiseSchedule() for g in groups],
+        grid=plan.noise_grid,
+        rounds=plan.noise_rounds,
+    )
 
 
 def _probe_first_forward(model: nn.Module) -> None:

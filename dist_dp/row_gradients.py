@@ -51,6 +51,7 @@ class RowGradients:
         feature_counts: Features that read each of them.
         pooled: Whether it pools bags.
         apply: What to do with the gradient of each shard's rows.
+        always: Call it once a step for every shard, without rows too.
         replicas: If the tables are replicated: what notes the rows that some rank looked up;
             gradients are then summed over ranks.
     """
@@ -63,6 +64,7 @@ class RowGradients:
         *,
         pooled: bool,
         apply: Apply,
+        always: bool = False,
         replicas: ReplicatedTables | None = None,
     ) -> None:
         from fbgemm_gpu.split_table_batched_embeddings_ops_common import PoolingMode
@@ -72,6 +74,7 @@ class RowGradients:
         self._pooled = pooled
         self._mean = pooled and kernel._pooling == PoolingMode.MEAN
         self._apply = apply
+        self._always = always
         self._replicas = replicas
         self._kept: list[tuple[Any, Tensor]] = []
         self._anchor = torch.zeros((), requires_grad=True)
@@ -120,12 +123,11 @@ class RowGradients:
             rows, gradient = self._summed(index)
             if self._replicas is not None:
                 everywhere = self._replicas.noted(index)
-                if everywhere is None or not everywhere.numel():
-                    continue
-                total = gradient.new_zeros(everywhere.numel(), gradient.shape[1])
-                total[torch.searchsorted(everywhere, rows)] = gradient
-                rows, gradient = everywhere, all_reduce_sum(total)
-            if rows.numel():
+                if everywhere is not None and everywhere.numel():
+                    total = gradient.new_zeros(everywhere.numel(), gradient.shape[1])
+                    total[torch.searchsorted(everywhere, rows)] = gradient
+                    rows, gradient = everywhere, all_reduce_sum(total)
+            if rows.numel() or self._always:
                 self._apply(shard, rows, gradient)
         self.clear()
 

@@ -6,8 +6,8 @@ gradients belong to which table, and which tables can share one pass.
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
-from dataclasses import dataclass
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass, field
 from typing import Any
 
 import torch
@@ -25,11 +25,14 @@ class Tables:
         configs: TorchRec's configuration of each.
         output_names: The keys of the outputs each has a part in, feature by feature.
         pooled: Whether bags are pooled.
+        kept: The rows that are trained at all, by name of the table, int64, sorted; the others are
+            frozen, so no gradient with respect to them counts. All are where none are named.
     """
 
     configs: Sequence[Any]
     output_names: Sequence[list[str]]
     pooled: bool
+    kept: Mapping[str, Tensor] = field(default_factory=dict)
 
 
 def collection_norms(
@@ -73,7 +76,11 @@ def _used_once(tables: Tables, calls: Sequence[LookupCall]) -> list[tuple[Any, l
     if not tables.pooled or len(calls) != 1:
         return []
     pairs = zip(tables.configs, tables.output_names, strict=True)
-    return [(config, names) for config, names in pairs if len(names) == 1]
+    return [
+        (config, names)
+        for config, names in pairs
+        if len(names) == 1 and config.name not in tables.kept
+    ]
 
 
 def uses_of(tables: Tables, call: LookupCall, done: set[str]) -> Iterator[tuple[str, TableUse]]:
@@ -94,16 +101,29 @@ def uses_of(tables: Tables, call: LookupCall, done: set[str]) -> Iterator[tuple[
                 continue
             bag = call.features[feature]
             mean = tables.pooled and config.pooling.name == "MEAN"
+            rows = bag.values().to(torch.int64)
+            weights = _entry_weights(bag, mean) if tables.pooled else None
+            if config.name in tables.kept:
+                counts = is_among(rows, tables.kept[config.name]).to(delta.dtype)
+                weights = counts if weights is None else weights * counts
             yield (
                 config.name,
                 TableUse(
-                    rows=bag.values().to(torch.int64),
+                    rows=rows,
                     lengths=bag.lengths().to(torch.int64),
-                    entry_weights=_entry_weights(bag, mean) if tables.pooled else None,
+                    entry_weights=weights,
                     delta=delta,
                     pooled=tables.pooled,
                 ),
             )
+
+
+def is_among(rows: Tensor, kept: Tensor) -> Tensor:
+    """Whether each row is one of the kept ones (int64, sorted), bool of the shape of `rows`."""
+    if not kept.numel():
+        return torch.zeros_like(rows, dtype=torch.bool)
+    places = torch.searchsorted(kept, rows).clamp_max_(kept.numel() - 1)
+    return kept[places] == rows
 
 
 def _by_width(tables: list[tuple[Any, list[str]]]) -> list[list[tuple[Any, list[str]]]]:

@@ -4,6 +4,7 @@
 ``none``       no noise (the baseline; not private)
 ``dpsgd``      noise on every row at every step (the slow reference)
 ``lazydp``     the same distribution, each row's noise drawn when the row is next read (default)
+``sparse``     noise on few rows, every iterate private: FEST, AdaFEST, and both
 ``comparison`` what benchmarks compare with; refused for real runs
 """
 
@@ -15,8 +16,11 @@ from dist_dp.mechanisms.comparison import COMPARISONS
 from dist_dp.mechanisms.dpsgd import DPSGD
 from dist_dp.mechanisms.lazydp import LazyDP
 from dist_dp.mechanisms.none import NoMechanism
+from dist_dp.mechanisms.sparse import FEST, AdaFEST, AdaFESTPlus, SparseNoise
 
-MECHANISMS: dict[str, type[Mechanism]] = {m.name: m for m in (NoMechanism, DPSGD, LazyDP)}
+MECHANISMS: dict[str, type[Mechanism]] = {
+    m.name: m for m in (NoMechanism, DPSGD, LazyDP, FEST, AdaFEST, AdaFESTPlus)
+}
 
 
 def mechanism_class(name: str) -> type[Mechanism]:
@@ -35,4 +39,16 @@ def mechanism_class(name: str) -> type[Mechanism]:
     return MECHANISMS[name]
 
 
-__all__ = ["DPSGD", "MECHANISMS", "LazyDP", "Mechanism", "NoMechanism", "Read", "mechanism_class"]
+__all__ = [
+    "DPSGD",
+    "FEST",
+    "MECHANISMS",
+    "AdaFEST",
+    "AdaFESTPlus",
+    "LazyDP",
+    "Mechanism",
+    "NoMechanism",
+    "Read",
+    "SparseNoise",
+    "mechanism_class",
+]

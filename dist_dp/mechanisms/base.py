@@ -37,12 +37,15 @@ class Mechanism(ABC):
     Attributes:
         name: Name in configurations.
         private: Whether the released model has a guarantee.
-        table_optimizers: Fused table optimizers the mechanism is exact for.
+        table_optimizers: Table optimizers the mechanism is exact for.
+        takes_updates: Whether it updates the tables itself, instead of FBGEMM's fused update; see
+            :mod:`dist_dp.mechanisms.sparse`.
     """
 
     name: ClassVar[str]
     private: ClassVar[bool]
     table_optimizers: ClassVar[frozenset[str]]
+    takes_updates: ClassVar[bool] = False
 
     def __init__(
         self,
@@ -69,7 +72,8 @@ class Mechanism(ABC):
                 f"mechanism '{cls.name}' cannot serve the table optimizer '{kind}': its merged "
                 "noise is exact only where the update is linear in the noise. Use "
                 f"{' or '.join(sorted(cls.table_optimizers))} for the tables (dense layers may "
-                "use any optimizer), or mechanism 'none' without privacy."
+                "use any optimizer), or a mechanism with noise on few rows, after which any "
+                "optimizer may follow: 'adafest', 'fest' or 'adafest+'."
             )
 
     @property

@@ -16,6 +16,8 @@ from dist_dp.distributed import rank, world_size
 from dist_dp.optimizer_settings import optimizer_settings
 from dist_dp.plan import PrivacyPlan
 from dist_dp.private_model import PrivateModel, build_private_model
+from dist_dp.sharding import TableOptimizer
+from dist_dp.sparse_settings import SparseSettings
 from tests.dist_dp.clicks import PADDING
 from tests.dist_dp.models import CASES
 
@@ -87,6 +89,8 @@ def build(
     clip_schedule: Any = None,
     noise_multiplier_schedule: Any = None,
     max_records_per_user: int | None = None,
+    sparse: SparseSettings | None = None,
+    table_optimizer: TableOptimizer | None = None,
     **options: Any,
 ) -> PrivateModel:
     """A private model with a small plan, for users if their records are bounded."""
@@ -105,10 +109,11 @@ def build(
         noise_grid=grid,
         clip_schedule=clip_schedule,
         noise_multiplier_schedule=noise_multiplier_schedule,
+        sparse=sparse,
     )
     optimizer = optimizer or torch.optim.SGD(model.parameters(), lr=RATE)
     return build_private_model(
-        model, plan, optimizer_settings(optimizer), secret=secret, sharding=kind, **options
+        model, plan, optimizer_settings(optimizer, table_optimizer), secret=secret, sharding=kind, **options
     )
 
 

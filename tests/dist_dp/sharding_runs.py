@@ -75,6 +75,7 @@ def private_run(
     noise_multiplier_schedule: ScheduleConfig | None = None,
     look_ahead: bool = False,
     by_user: bool = False,
+    **sparse: Any,
 ) -> dict[str, Any]:
     """Final pieces and dense weights, norms by step, and the kinds of the shards."""
     whole = unsharded.model()
@@ -89,6 +90,7 @@ def private_run(
         max_records_per_user=unsharded.MOST_RECORDS if by_user else None,
         clip_schedule=clip_schedule,
         noise_multiplier_schedule=noise_multiplier_schedule,
+        **sparse,
     )
     fall = torch.optim.lr_scheduler.ExponentialLR(private.optimizer, 0.8)
     norms, real = [], []

@@ -23,8 +23,10 @@ from dist_dp.errors import ConfigError, LedgerError
 from dist_dp.ledger_address import ledger_address
 from dist_dp.limits import MAX_CONFIG_BYTES, read_whole
 from dist_dp.noise_grid import read_spacing
+from dist_dp.plan import Mechanism
 from dist_dp.schedules import ScheduleConfig
 from dist_dp.sharding import ShardingKind
+from dist_dp.sparse_settings import SPARSE_MECHANISMS, SparseSettings
 
 
 class _Section(BaseModel):
@@ -158,7 +160,10 @@ class PrivacyConfig(_Section):
     """The guarantee.
 
     Attributes:
-        mechanism: ``lazydp``, ``dpsgd`` or ``none``.
+        mechanism: ``lazydp``, ``dpsgd`` or ``none``; or, with noise on few rows, ``fest``,
+            ``adafest`` or ``adafest+``.
+        sparse: What ``fest``, ``adafest`` and ``adafest+`` select rows by; see
+            :class:`~dist_dp.sparse_settings.SparseSettings`.
         epsilon: Target ε; the noise is calibrated to it. Or give ``noise_multiplier``.
         unit: What is protected: one ``record``, or one ``user`` with all its records. With users,
             ``train.expected_batch_size``, epochs and δ count users.
@@ -181,7 +186,8 @@ class PrivacyConfig(_Section):
         seed: Fixed secret, for tests. It marks the run as not private.
     """
 
-    mechanism: Literal["none", "dpsgd", "lazydp"] = "lazydp"
+    mechanism: Mechanism = "lazydp"
+    sparse: SparseSettings | None = None
     unit: Literal["record", "user"] = "record"
     max_records_per_user: Annotated[int, Field(ge=1)] | None = None
     epsilon: float | None = None
@@ -283,7 +289,8 @@ class TrainConfig(_Section):
             and needs less memory for dense layers, with the same result. By default whole.
         learning_rate: Schedule of the tables; a number is a constant rate.
         dense_learning_rate: Schedule of the dense layers; by default the tables'.
-        table_optimizer: ``sgd``; with mechanism ``none`` also ``adagrad``, ``rowwise_adagrad``.
+        table_optimizer: ``sgd``; with mechanism ``none`` also ``adagrad``, ``rowwise_adagrad``,
+            and with noise on few rows (``adafest``, …) those and ``adam``.
         dense_optimizer: ``sgd``, ``adagrad`` or ``adam``.
         weight_decay: Of tables and dense layers.
         momentum: Of ``sgd``, for the tables and, if they use it too, the dense layers (PyTorch's,
@@ -305,7 +312,7 @@ class TrainConfig(_Section):
     micro_batch_size: Annotated[int, Field(ge=1)] | None = None
     learning_rate: ScheduleConfig = ScheduleConfig(base=0.1)
     dense_learning_rate: ScheduleConfig | None = None
-    table_optimizer: Literal["sgd", "adagrad", "rowwise_adagrad"] = "sgd"
+    table_optimizer: Literal["sgd", "adagrad", "rowwise_adagrad", "adam"] = "sgd"
     dense_optimizer: Literal["sgd", "adagrad", "adam"] = "sgd"
     weight_decay: Annotated[float, Field(ge=0)] = 0.0
     momentum: Annotated[float, Field(ge=0, lt=1)] = 0.0
@@ -336,11 +343,6 @@ class TrainConfig(_Section):
             raise ValueError(
                 f"momentum: not supported with table_optimizer '{self.table_optimizer}'; "
                 "use sgd, or 0"
-            )
-        if self.micro_batch_size is not None and self.table_optimizer != "sgd":
-            raise ValueError(
-                f"micro_batch_size: not supported with table_optimizer '{self.table_optimizer}', "
-                "which would take a step for each part of a batch; use sgd, or null"
             )
         if self.learning_rate.base * self.weight_decay >= 1:
             raise ValueError("weight_decay: times the learning rate it must stay below 1")
@@ -424,12 +426,7 @@ class RunConfig(_Section):
 
     @model_validator(mode="after")
     def _check(self) -> RunConfig:
-        if self.privacy.mechanism != "none" and self.train.table_optimizer != "sgd":
-            raise ValueError(
-                f"train.table_optimizer: mechanism '{self.privacy.mechanism}' cannot serve "
-                f"'{self.train.table_optimizer}', whose update is not linear in the noise; use "
-                "sgd for the tables (dense layers may use any optimizer), or mechanism none"
-            )
+        self._check_mechanism()
         if self.privacy.mechanism == "none" and self.noise.grid is not None:
             raise ValueError(
                 "noise.grid: mechanism 'none' adds no noise to put on a grid; remove it, or choose "
@@ -445,6 +442,39 @@ class RunConfig(_Section):
         if self.train.momentum and self.noise.grid is not None:
             raise ValueError("noise.grid: does not go with train.momentum; remove one of them")
         return self
+
+    def _check_mechanism(self) -> None:
+        """What goes with the mechanism's way of noising rows."""
+        mechanism, optimizer = self.privacy.mechanism, self.train.table_optimizer
+        if mechanism in SPARSE_MECHANISMS:
+            if self.noise.grid is not None:
+                raise ValueError(
+                    f"noise.grid: does not go with mechanism '{mechanism}'; remove it, or choose "
+                    "lazydp"
+                )
+            if self.train.look_ahead:
+                raise ValueError(
+                    f"train.look_ahead: mechanism '{mechanism}' has nothing to settle before a "
+                    "lookup; remove it, or choose lazydp"
+                )
+            return
+        if mechanism != "none" and optimizer != "sgd":
+            raise ValueError(
+                f"train.table_optimizer: mechanism '{mechanism}' cannot serve '{optimizer}', whose "
+                "update is not linear in the noise; use sgd for the tables (dense layers may use "
+                "any optimizer), or a mechanism with noise on few rows, after which any optimizer "
+                "may follow (adafest, fest, adafest+)"
+            )
+        if optimizer == "adam":
+            raise ValueError(
+                "train.table_optimizer: 'adam' goes with adafest, fest and adafest+; without "
+                "privacy use adagrad, rowwise_adagrad or sgd"
+            )
+        if self.train.micro_batch_size is not None and optimizer != "sgd":
+            raise ValueError(
+                f"train.micro_batch_size: not supported with table_optimizer '{optimizer}', "
+                "which would take a step for each part of a batch; use sgd, or null"
+            )
 
     def to_yaml(self) -> str:
         """The resolved configuration."""
@@ -489,6 +519,8 @@ def parse_config(values: Mapping[str, Any], source: str = "configuration") -> Ru
         return RunConfig.model_validate(values)
     except ValidationError as error:
         raise ConfigError(f"{source}: " + "; ".join(_explain(e) for e in error.errors())) from None
+    except ConfigError as error:
+        raise ConfigError(f"{source}: {error}") from None
 
 
 def parse_overrides(pairs: Sequence[str]) -> dict[str, Any]:

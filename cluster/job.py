@@ -109,6 +109,7 @@ def make_plan(config: RunConfig, num_units: int) -> PrivacyPlan:
         accountant=privacy.accountant,
         allow_large_delta=privacy.allow_large_delta,
         noise_rounds=config.noise.rounds,
+        sparse=privacy.sparse,
     )
     if privacy.epsilon is not None:
         plan = plan.calibrate(privacy.epsilon, delta)
@@ -133,7 +134,7 @@ def _noise_of_steps(config: RunConfig, plan: PrivacyPlan) -> tuple[float, float]
     def deviation(step: int) -> float:
         return step_deviation(
             learning_rate_at(schedule, step),
-            plan.noise_multiplier_at(step),
+            plan.gradient_multiplier_at(step),
             plan.max_grad_norm_at(step),
             plan.expected_batch_size,
         )

@@ -20,6 +20,7 @@ from dist_dp.cluster.finish import checkpoint_folder, finish, finished_before, t
 from dist_dp.cluster.job import Job
 from dist_dp.distributed import all_gather_cat, all_reduce_max, broadcast_object, rank
 from dist_dp.fence import Fence, FencedAccountant
+from dist_dp.mechanisms.sparse import SparseNoise
 from dist_dp.patience import PatientAccountant
 from dist_dp.schedules import learning_rate_at
 
@@ -96,6 +97,7 @@ class Run:
         self.engine = PrivacyEngine(
             dataset=job.dataset,
             mechanism=privacy.mechanism,
+            sparse=privacy.sparse,
             sharding=config.model.sharding,
             accountant=accountant,
             run_id=job.run_name,
@@ -262,6 +264,9 @@ class Run:
             "epsilon": self.loader.leases.epsilon_charged if private else float("inf"),
             "learning_rate": float(self.optimizer.param_groups[0]["lr"]),
         }
+        mechanism = self.engine.parts.mechanism
+        if isinstance(mechanism, SparseNoise) and mechanism.last_selection is not None:
+            row["noised_rows"] = float(mechanism.last_selection.rows)
         if private and norms.numel():
             limit = self.engine.parts.plan.max_grad_norm_at(self.loader.steps_drawn)
             row["clip_fraction"] = float((norms > limit).float().mean())

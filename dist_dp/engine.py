@@ -53,6 +53,7 @@ from dist_dp.release_progress import Report, progress_callback
 from dist_dp.sampling import PoissonSampler
 from dist_dp.schedules import ScheduleConfig
 from dist_dp.sharding import ShardingKind, TableOptimizer
+from dist_dp.sparse_settings import SparseSettings
 from dist_dp.timing import PhaseTimer
 from dist_dp.trail import StepTrail
 from dist_dp.user_records import UserRecords, users_of
@@ -70,7 +71,9 @@ class PrivacyEngine:
 
     Args:
         dataset: Name of the data set in the ledger; runs that name it share its budget.
-        mechanism: ``lazydp`` (default), ``dpsgd`` or ``none``.
+        mechanism: ``lazydp`` (default), ``dpsgd`` or ``none``; or, with noise on few rows,
+            ``fest``, ``adafest`` or ``adafest+``.
+        sparse: What the mechanisms with noise on few rows select them by.
         sharding: One kind for all tables or a kind by table name; ``auto`` asks TorchRec's
             planner.
         accountant: Rank 0's accountant; by default the ledger at ``ledger``, in this process.
@@ -101,6 +104,7 @@ class PrivacyEngine:
         *,
         dataset: str,
         mechanism: str = "lazydp",
+        sparse: SparseSettings | None = None,
         sharding: ShardingKind | Mapping[str, ShardingKind] = "auto",
         accountant: Any = None,
         ledger: str | Path | None = None,
@@ -116,6 +120,7 @@ class PrivacyEngine:
     ) -> None:
         self.dataset = dataset
         self.mechanism_class = mechanism_class(mechanism)
+        self.sparse = sparse
         self.sharding = sharding
         self.run_id = run_id
         self.settings = dict(settings or {})
@@ -304,6 +309,7 @@ class PrivacyEngine:
             noise_rounds=self.noise_rounds,
             clip_schedule=clip_schedule,
             noise_multiplier_schedule=noise_multiplier_schedule,
+            sparse=self.sparse,
         )
 
     def _with_grid(

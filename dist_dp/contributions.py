@@ -15,7 +15,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import Tensor
 
-from dist_dp.clipping.table_uses import is_among
+from dist_dp.id_checks import is_among
 
 if TYPE_CHECKING:
     from dist_dp.clipping.user_groups import UserGroups

@@ -138,3 +138,11 @@ def without_weights(features: Any) -> Any:
         lengths=features.lengths(),
         stride=features.stride(),
     )
+
+
+def is_among(rows: Tensor, kept: Tensor) -> Tensor:
+    """Whether each row is one of the kept ones (int64, sorted), bool of the shape of `rows`."""
+    if not kept.numel():
+        return torch.zeros_like(rows, dtype=torch.bool)
+    places = torch.searchsorted(kept, rows).clamp_max_(kept.numel() - 1)
+    return kept[places] == rows

@@ -210,13 +210,23 @@ class LocalTables:
             if any(s.momentum is not None or s.low is not None for s in kernel.shards):
                 self.own_update(kernel)
 
-    def give_updates(self, apply: Apply) -> None:
-        """Takes the update of every kernel away from FBGEMM and gives it to a mechanism."""
+    def give_updates(self, apply: Apply, only: Callable[[TableShard], Tensor]) -> None:
+        """Takes the update of every kernel away from FBGEMM and gives it to a mechanism.
+
+        Args:
+            apply: Called once a step for every shard.
+            only: The local rows, sorted, whose gradient it wants in the step in flight.
+        """
         for kernel in self.kernels:
-            self.own_update(kernel, apply, always=True)
+            self.own_update(kernel, apply, always=True, only=only)
 
     def own_update(
-        self, kernel: Kernel, apply: Apply = apply_to_state, *, always: bool = False
+        self,
+        kernel: Kernel,
+        apply: Apply = apply_to_state,
+        *,
+        always: bool = False,
+        only: Callable[[TableShard], Tensor] | None = None,
     ) -> None:
         """Takes the update away from one kernel."""
         if kernel.replicas is not None:
@@ -229,6 +239,7 @@ class LocalTables:
                 pooled=self._pooled,
                 apply=apply,
                 always=always,
+                only=only,
                 replicas=kernel.replicas,
             )
         )

@@ -213,7 +213,7 @@ def build_private_model(
         cut.watch_lookups(settle_before_lookup)
         if isinstance(mechanism, SparseNoise):
             cut.kept = mechanism.kept
-            cut.local.give_updates(mechanism.apply)
+            cut.local.give_updates(mechanism.apply, mechanism.survivors)
         else:
             cut.local.own_updates()
         for shard in cut.shards:

@@ -14,6 +14,7 @@ import torch
 from torch import Tensor
 
 from dist_dp.distributed import all_reduce_sum
+from dist_dp.id_checks import is_among
 from dist_dp.replicas import ReplicatedTables
 from dist_dp.table_shard import TableShard
 from dist_dp.wide_rows import read_rows, write_rows
@@ -52,6 +53,7 @@ class RowGradients:
         pooled: Whether it pools bags.
         apply: What to do with the gradient of each shard's rows.
         always: Call it once a step for every shard, without rows too.
+        only: The local rows (int64, sorted) whose gradient is wanted: others are not summed.
         replicas: If the tables are replicated: what notes the rows that some rank looked up;
             gradients are then summed over ranks.
     """
@@ -65,6 +67,7 @@ class RowGradients:
         pooled: bool,
         apply: Apply,
         always: bool = False,
+        only: Callable[[TableShard], Tensor] | None = None,
         replicas: ReplicatedTables | None = None,
     ) -> None:
         from fbgemm_gpu.split_table_batched_embeddings_ops_common import PoolingMode
@@ -75,6 +78,7 @@ class RowGradients:
         self._mean = pooled and kernel._pooling == PoolingMode.MEAN
         self._apply = apply
         self._always = always
+        self._only = only
         self._replicas = replicas
         self._kept: list[tuple[Any, Tensor]] = []
         self._anchor = torch.zeros((), requires_grad=True)
@@ -172,11 +176,16 @@ class RowGradients:
     def _summed(self, index: int) -> tuple[Tensor, Tensor]:
         """Distinct rows of a shard, sorted, and their gradient over all lookups kept."""
         shard = self._shards[index]
+        only = None if self._only is None else self._only(shard)
         rows, places, weights, parts = [], [], [], []
         start = 0
         for features, gradient in self._kept:
             for use_rows, use_places, use_weights, part in self._uses(features, index, gradient):
                 assert part is not None
+                if only is not None:
+                    wanted = torch.nonzero(is_among(use_rows, only)).squeeze(1)
+                    use_rows, use_places = use_rows[wanted], use_places[wanted]
+                    use_weights = None if use_weights is None else use_weights[wanted]
                 rows.append(use_rows)
                 places.append(use_places + start)
                 weights.append(

@@ -83,6 +83,12 @@ class HashedClicks:
         rank = np.minimum(ranks.astype(np.uint64), self._rows) - np.uint64(1)
         return (rank * self._scatter % self._rows).astype(np.int64)
 
+    def most_popular(self, table: int, count: int) -> NDArray[np.int64]:
+        """The rows of a table that are read most, int64, sorted; all of them if there are fewer."""
+        rows = self._rows[table]
+        ranks = np.arange(min(count, int(rows[0])), dtype=np.uint64)
+        return np.sort(ranks * self._scatter[table] % rows).astype(np.int64)
+
     def batch(self, indices: NDArray[np.int64], padded_size: int | None = None) -> Any:
         """A :class:`~dist_dp.datasets.batch.ClickBatch`; padding has empty bags.
 

@@ -14,9 +14,11 @@ from dist_dp.distributed import all_reduce_sum, world_size
 from dist_dp.engine import PrivacyEngine
 from dist_dp.leases import StepLeases
 from dist_dp.loader import PoissonLoader
-from dist_dp.mechanisms import Mechanism
+from dist_dp.mechanisms import Mechanism, SparseNoise
 from dist_dp.mechanisms.comparison import ComparisonMechanism
+from dist_dp.plan import PrivacyPlan
 from dist_dp.step_state import StepState
+from dist_dp.table_shard import TableShard
 from dist_dp.timing import PhaseTimer
 
 LEARNING_RATE = 0.01
@@ -44,6 +46,7 @@ class Contender(Protocol):
 
     name: str
     timer: PhaseTimer
+    updates: Updates | None
 
     def activate(self) -> None:
         """Makes the tables ready for its turn."""
@@ -74,6 +77,42 @@ class FreeLeases(StepLeases):
         """Nothing was leased."""
 
 
+class Updates:
+    """Who updates the tables: FBGEMM's fused kernels, or a mechanism with noise on few rows.
+
+    A run has one of them for good; here contenders of both kinds take turns on the same tables.
+
+    Args:
+        cut: The tables.
+    """
+
+    def __init__(self, cut: Any) -> None:
+        self._local = cut.local
+        self._mechanism: SparseNoise | None = None
+        fused = [(k.module, k.module.forward) for k in self._local.kernels]
+        self._local.give_updates(self._apply, self._survivors)
+        self._owned = self._local.owned
+        given = [(k.module, k.module.forward) for k in self._local.kernels]
+        self._forwards = {False: fused, True: given}
+        self.give(None)
+
+    def _apply(self, shard: TableShard, rows: Tensor, gradient: Tensor) -> None:
+        assert self._mechanism is not None
+        self._mechanism.apply(shard, rows, gradient)
+
+    def _survivors(self, shard: TableShard) -> Tensor:
+        assert self._mechanism is not None
+        return self._mechanism.survivors(shard)
+
+    def give(self, mechanism: Mechanism | None) -> None:
+        """Lets a mechanism update the tables if it does so itself, else FBGEMM."""
+        self._mechanism = mechanism if isinstance(mechanism, SparseNoise) else None
+        given = self._mechanism is not None
+        self._local.owned = self._owned if given else []
+        for module, forward in self._forwards[given]:
+            module.forward = forward
+
+
 class PlainStep:
     """``none``: TorchRec's sharded collection with its fused SGD, and PyTorch for the rest.
 
@@ -93,6 +132,7 @@ class PlainStep:
 
     def __init__(self, twin: ClickModel, cut: Any, loader: PoissonLoader, state: StepState) -> None:
         self.timer = loader.timer
+        self.updates: Updates | None = None
         self._twin = twin
         self._cut = cut
         self._state = state
@@ -120,6 +160,8 @@ class PlainStep:
     def activate(self) -> None:
         """Sets the cut aside; gradients of a rank's mean are summed, so the rate is shared out."""
         self._cut.local.plain = True
+        if self.updates is not None:
+            self.updates.give(None)
         for fused in self._cut.local.fused:
             fused.set_learning_rate(LEARNING_RATE / world_size())
 
@@ -169,14 +211,22 @@ class PrivateStep:
         mechanism: The mechanism.
         engine: With the private model; shared by all.
         loader: Poisson batches, charged to a ledger.
+        plan: What the mechanism's noise follows.
     """
 
     def __init__(
-        self, name: str, mechanism: Mechanism, engine: PrivacyEngine, loader: PoissonLoader
+        self,
+        name: str,
+        mechanism: Mechanism,
+        engine: PrivacyEngine,
+        loader: PoissonLoader,
+        plan: PrivacyPlan,
     ) -> None:
         self.name = name
         self.mechanism = mechanism
+        self.plan = plan
         self.timer = engine.timer
+        self.updates: Updates | None = None
         self._parts = engine.parts
         self._batches = iter(loader)
 
@@ -193,7 +243,11 @@ class PrivateStep:
         """Puts the mechanism into the optimizer."""
         for cut in self._parts.cuts:
             cut.local.plain = False
+            cut.kept = self.mechanism.kept if isinstance(self.mechanism, SparseNoise) else {}
         self._parts.optimizer.mechanism = self.mechanism
+        self._parts.optimizer.plan = self.plan
+        if self.updates is not None:
+            self.updates.give(self.mechanism)
 
     def step(self) -> Sample:
         """One private step, as the loop of a run has it."""
@@ -211,6 +265,8 @@ class PrivateStep:
         seconds = time.perf_counter() - start
         phases = timer.take()
         phases["embedding_update"] = phases.pop("update", 0.0)
+        if "select" in phases:
+            phases["noise"] = phases.get("noise", 0.0) + phases.pop("select")
         return Sample(seconds, examples, len(batch), phases)
 
     def close(self) -> None:

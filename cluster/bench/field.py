@@ -18,6 +18,7 @@ from dist_dp.cluster.bench.contenders import (
     FreeLeases,
     PlainStep,
     PrivateStep,
+    Updates,
 )
 from dist_dp.cluster.bench.model import build_models, share_tables
 from dist_dp.cluster.bench.settings import SKEWS, StepSettings
@@ -27,12 +28,14 @@ from dist_dp.leases import StepLeases
 from dist_dp.ledger import Ledger
 from dist_dp.loader import PoissonLoader, as_source
 from dist_dp.look_ahead import LookAhead
-from dist_dp.mechanisms import MECHANISMS, Mechanism
+from dist_dp.mechanisms import MECHANISMS, Mechanism, SparseNoise
 from dist_dp.mechanisms.comparison import COMPARISONS
 from dist_dp.noise_schedule import NoiseSchedule
 from dist_dp.plan import PrivacyPlan
+from dist_dp.row_optimizers import RowOptimizer
 from dist_dp.sampling import PoissonSampler
-from dist_dp.sharding import ShardingKind
+from dist_dp.sharding import ShardingKind, TableOptimizer
+from dist_dp.sparse_settings import ADAPTIVE, CHOOSES_ONCE, SPARSE_MECHANISMS, SparseSettings
 from dist_dp.step_state import StepState
 from dist_dp.timing import PhaseTimer
 
@@ -117,16 +120,59 @@ def line_up(settings: StepSettings, folder: Path) -> Field:
             plain = loader(FreeLeases(), state, PhaseTimer())
             contenders.append(PlainStep(twin, cut, plain, state))
             continue
-        kinds: dict[str, type[Mechanism]] = {**MECHANISMS, **COMPARISONS}
-        mechanism = kinds[name](_schedule(plan, settings.at_step), rounds=plan.noise_rounds)
+        mine = _sparse_plan(plan, name, settings) if name in SPARSE_MECHANISMS else plan
+        mechanism = _mechanism(name, mine, engine, clicks, settings)
         _prepare(mechanism, engine, settings)
         leases = StepLeases(books.accountant, books.open(name), plan.steps, lease_steps(settings))
         batches = loader(leases, engine.parts.state, engine.timer)
-        contenders.append(PrivateStep(name, mechanism, engine, batches))
+        contenders.append(PrivateStep(name, mechanism, engine, batches, mine))
         if name == "lazydp" and settings.look_ahead:
             contenders[-1].activate()
             LookAhead(model, engine.parts.optimizer, batches)
+    if any(name in SPARSE_MECHANISMS for name in settings.mechanisms):
+        updates = Updates(cut)
+        for contender in contenders:
+            contender.updates = updates
     return Field(contenders, engine)
+
+
+def _sparse_plan(plan: PrivacyPlan, name: str, settings: StepSettings) -> PrivacyPlan:
+    """The plan with noise on few rows."""
+    sparse: dict[str, Any] = {}
+    if name in ADAPTIVE:
+        sparse |= {"false_positives": settings.false_positives}
+    if name in CHOOSES_ONCE:
+        sparse |= {"rows": settings.kept_rows, "frequencies": "the generator's"}
+    changes = {"mechanism": name, "sparse": SparseSettings(**sparse)}
+    return PrivacyPlan(**{**plan.model_dump(), **changes})
+
+
+def _mechanism(
+    name: str,
+    plan: PrivacyPlan,
+    engine: PrivacyEngine,
+    clicks: HashedClicks,
+    settings: StepSettings,
+) -> Mechanism:
+    schedule = _schedule(plan, settings.at_step)
+    kinds: dict[str, type[Mechanism]] = {**MECHANISMS, **COMPARISONS}
+    kind = kinds[name]
+    if not issubclass(kind, SparseNoise):
+        return kind(schedule, rounds=plan.noise_rounds)
+    kept = None
+    if kind.chooses_once:
+        tables = sorted({s.table for s in engine.parts.shards}, key=lambda t: int(t.split(".t")[-1]))
+        kept = {
+            table: torch.from_numpy(clicks.most_popular(number, settings.kept_rows))
+            for number, table in enumerate(tables)
+        }
+    return kind(
+        schedule,
+        plan=plan,
+        optimizers=[RowOptimizer(TableOptimizer())],
+        kept=kept,
+        rounds=plan.noise_rounds,
+    )
 
 
 class _Books:

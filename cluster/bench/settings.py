@@ -7,8 +7,11 @@ from typing import Any
 
 from dist_dp.errors import ConfigError
 
-MECHANISMS = ("none", "lazydp", "dpsgd", "dpsgd-torch", "eana")
+MECHANISMS = ("none", "lazydp", "dpsgd", "dpsgd-torch", "eana", "fest", "adafest", "adafest+")
 """What can be measured; ``none`` is plain TorchRec and always measured, as the floor."""
+
+DEFAULT_MECHANISMS = MECHANISMS[:5]
+"""What is measured where nothing is said: every row's noise, in its several forms."""
 
 SKEWS: dict[str, float] = {"uniform": 0.0, "low": 0.6, "medium": 0.9, "high": 1.2}
 """Exponent s of the rows' popularity by name: the r-th most read row is read ∝ r^-s."""
@@ -48,9 +51,11 @@ class StepSettings:
         release_every: Steps over which the release's cost is spread.
         preset: Name of the preset that the settings began from.
         look_ahead: ``lazydp`` settles the next batch's rows beside the backward of this one.
+        false_positives: Rows a step that ``adafest`` noises although no example touches them.
+        kept_rows: Rows of a table that ``fest`` trains, its most popular ones.
     """
 
-    mechanisms: tuple[str, ...] = MECHANISMS
+    mechanisms: tuple[str, ...] = DEFAULT_MECHANISMS
     rows: tuple[int, ...] = (900_000,) * 26
     dim: int = 128
     dense_features: int = 13
@@ -72,6 +77,8 @@ class StepSettings:
     release_every: int = 10_000
     preset: str = ""
     look_ahead: bool = False
+    false_positives: float = 1000.0
+    kept_rows: int = 10_000
 
     def __post_init__(self) -> None:
         """Puts ``none`` first and refuses what cannot be measured.

@@ -14,6 +14,7 @@ import torch
 from torch import Tensor
 
 from dist_dp.clipping.table_norms import TableUse, squared_norms, squared_norms_of_bags
+from dist_dp.id_checks import is_among
 from dist_dp.lookup_calls import LookupCall
 
 
@@ -116,14 +117,6 @@ def uses_of(tables: Tables, call: LookupCall, done: set[str]) -> Iterator[tuple[
                     pooled=tables.pooled,
                 ),
             )
-
-
-def is_among(rows: Tensor, kept: Tensor) -> Tensor:
-    """Whether each row is one of the kept ones (int64, sorted), bool of the shape of `rows`."""
-    if not kept.numel():
-        return torch.zeros_like(rows, dtype=torch.bool)
-    places = torch.searchsorted(kept, rows).clamp_max_(kept.numel() - 1)
-    return kept[places] == rows
 
 
 def _by_width(tables: list[tuple[Any, list[str]]]) -> list[list[tuple[Any, list[str]]]]:

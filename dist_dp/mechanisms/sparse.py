@@ -174,12 +174,16 @@ class SparseNoise(Mechanism):
                 )
         self._note(cuts)
 
+    def survivors(self, shard: TableShard) -> Tensor:
+        """Local rows of a shard that the step in flight noises and trains, int64, ascending."""
+        return self._survivors[id(shard)]
+
     def apply(self, shard: TableShard, rows: Tensor, gradient: Tensor) -> None:
         """Noises the survivors' gradient and updates them; no other row is touched.
 
         Args:
             shard: The shard.
-            rows: int64 ``[n]``, distinct local rows, ascending.
+            rows: int64 ``[n]``, distinct local rows, ascending, all of them survivors.
             gradient: float32 ``[n, local columns]``, the clipped sum over the expected batch size.
         """
         survivors = self._survivors[id(shard)]
@@ -187,9 +191,7 @@ class SparseNoise(Mechanism):
             return
         total = gradient.new_zeros(survivors.numel(), shard.weight.shape[1])
         if rows.numel():
-            places = torch.searchsorted(survivors, rows).clamp_max_(survivors.numel() - 1)
-            alive = survivors[places] == rows
-            total[places[alive]] = gradient[alive]
+            total[torch.searchsorted(survivors, rows)] = gradient
         deviation = self.plan.noise_on_sum_at(self._step) / self.plan.expected_batch_size
         if deviation > 0:
             noise = kernels.normal(

@@ -8,6 +8,8 @@
 ``fixed/NAME``              buffers and frozen parameters
 ``schedules/GROUP/…``       prefix sums of the noise schedule of each group of tables
 ``generators/RANK/DEVICE``  torch's own generator (dropout), for a run with as many workers
+``row_states/TABLE/…``      optimizer state of the rows that have one; see
+                            :mod:`dist_dp.checkpoint_row_states`
 ==========================  ========================================================================
 """
 
@@ -21,6 +23,12 @@ from torch import Tensor
 from torch.distributed.checkpoint.metadata import Metadata, TensorStorageMetadata
 
 from dist_dp.checkpoint_groups import groups_of, restore_settings
+from dist_dp.checkpoint_row_states import (
+    PREFIX,
+    empty_row_states,
+    restore_row_states,
+    row_state_pieces,
+)
 from dist_dp.checkpoint_tensors import Piece
 from dist_dp.distributed import all_reduce_max, rank
 from dist_dp.errors import CheckpointError
@@ -38,6 +46,7 @@ def pieces_of(parts: PrivateModel) -> dict[str, list[Piece]]:
     """
     _agree_on_history(parts)
     found = _table_pieces(parts)
+    found |= row_state_pieces(parts)
     for name, parameter in parts.recorder.parameters.items():
         found[f"dense/{name}"] = [Piece.whole(parameter.detach())]
     for name, tensor in _optimizer_state(parts).items():
@@ -85,6 +94,8 @@ class Restored:
             if f"tables/{shard.table}/last_step" in names:
                 shard.last_step  # noqa: B018 (allocates)
         self.pieces = _table_pieces(parts)
+        self._row_states = empty_row_states(parts, saved)
+        self.pieces |= self._row_states
         for name, parameter in parts.recorder.parameters.items():
             self.pieces[f"dense/{name}"] = [Piece.whole(parameter.detach())]
         for name, tensor in parts.fixed.items():
@@ -100,7 +111,7 @@ class Restored:
         """Every tensor must have its place, on this rank or on another."""
         tables = {f"tables/{cut.table_id(c.name)}" for cut in self._parts.cuts for c in cut.configs}
         for name in sorted(names - set(self.pieces)):
-            known = name.startswith("generators/") or (
+            known = name.startswith(("generators/", PREFIX)) or (
                 name.startswith("tables/") and name.rpartition("/")[0] in tables
             )
             # A table's state that lies here was asked for by name already, if it is kept at all.
@@ -134,6 +145,9 @@ class Restored:
         live = dict([*parts.model.named_parameters(), *parts.model.named_buffers()])
         for name, tensor in parts.fixed.items():
             live[name].copy_(tensor)
+        restore_row_states(
+            parts, {name: piece.tensor for name, (piece,) in self._row_states.items()}
+        )
         self._finish_optimizer()
         restore_settings(parts, numbers["param_groups"])
         for states in self._group("generators").values():

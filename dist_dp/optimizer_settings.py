@@ -141,12 +141,13 @@ def optimizer_settings(
     groups = optimizer.param_groups
     given = tables
     if tables is None:
-        kinds = {"SGD": "sgd", "Adagrad": "adagrad"}
+        kinds = {"SGD": "sgd", "Adagrad": "adagrad", "Adam": "adam"}
         kind_for_tables: Any = kinds.get(kind.__name__, kind.__name__.lower())
         tables = TableOptimizer(
             kind=kind_for_tables,
             eps=float(groups[0].get("eps", 1e-8)),
             momentum=_momentum(groups[0], kind_for_tables),
+            betas=tuple(groups[0]["betas"]) if kind_for_tables == "adam" else (0.9, 0.999),
         )
     if tables.momentum and tables.kind != "sgd":
         raise ConfigError(

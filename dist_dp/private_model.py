@@ -221,7 +221,9 @@ def build_private_model(
             shard.noise_key = kernels.derive_key(secret, "tables", shard.table)
             mechanism.prepare(shard)
     sizes = {
-        cut.table_id(c.name): (c.num_embeddings, c.embedding_dim) for cut in cuts for c in cut.configs
+        cut.table_id(c.name): (c.num_embeddings, c.embedding_dim)
+        for cut in cuts
+        for c in cut.configs
     }
     warn_if_dense(forecast_selection(plan, sizes, {}))
     watch_forwards(model, optimizer)

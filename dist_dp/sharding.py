@@ -35,14 +35,17 @@ class TableOptimizer:
     """The optimizer fused into the backward of sharded tables.
 
     Attributes:
-        kind: ``sgd``, ``adagrad`` or ``rowwise_adagrad``. The private mechanisms take ``sgd``.
-        eps: Denominator term of the Adagrads.
+        kind: ``sgd``, ``adagrad``, ``rowwise_adagrad``, or ``adam``. Mechanisms that merge noise
+            take ``sgd``; those with noise on few rows take all, and ``adam`` is theirs alone.
+        eps: Denominator term of the Adagrads and Adam.
         momentum: Of ``sgd``, below 1 (PyTorch's, no dampening, not Nesterov); 0 for none.
+        betas: Of ``adam``.
     """
 
-    kind: Literal["sgd", "adagrad", "rowwise_adagrad"] = "sgd"
+    kind: Literal["sgd", "adagrad", "rowwise_adagrad", "adam"] = "sgd"
     eps: float = 1e-8
     momentum: float = 0.0
+    betas: tuple[float, float] = (0.9, 0.999)
 
 
 def make_sharders(optimizer: TableOptimizer) -> list[Any]:

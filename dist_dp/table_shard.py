@@ -5,12 +5,16 @@ from __future__ import annotations
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
+from typing import TYPE_CHECKING
 
 import torch
 from torch import Tensor
 
 from dist_dp.distributed import all_gather_cat
 from dist_dp.errors import ReleaseError
+
+if TYPE_CHECKING:
+    from dist_dp.row_optimizers import RowState
 
 
 @dataclass
@@ -33,6 +37,8 @@ class TableShard:
             settled to ``last_step`` with the weight; None without.
         low: What a half-precision weight lacks of its float32 value; see
             :mod:`dist_dp.wide_rows`. None for float32 tables.
+        row_state: What an optimizer keeps for rows that were ever updated, where the mechanism
+            updates the rows itself; see :mod:`dist_dp.row_optimizers`. None without.
         settling: True while rows are being brought up to date; if an error struck meanwhile it
             stays so, and the rows must not leave (see :meth:`check_whole` and :func:`settled`).
     """
@@ -49,6 +55,7 @@ class TableShard:
     noise_key: bytes = b""
     momentum: Tensor | None = field(default=None, repr=False)
     low: Tensor | None = field(default=None, repr=False)
+    row_state: RowState | None = field(default=None, repr=False)
     settling: bool = False
     _history: Tensor | None = field(default=None, repr=False)
 

@@ -304,9 +304,7 @@ class SparseNoise(Mechanism):
         self.last_selection = SelectionStats(*total.tolist())
 
 
-def _counted(
-    cut: CutEmbeddings, lookups: Sequence[Any]
-) -> dict[int, tuple[Tensor, Tensor]]:
+def _counted(cut: CutEmbeddings, lookups: Sequence[Any]) -> dict[int, tuple[Tensor, Tensor]]:
     """Touched local rows of each shard, ascending, and their counts, float64; a collective."""
     parts: dict[int, list[tuple[Tensor, Tensor]]] = {id(s): [] for s in cut.shards}
     for features in lookups:

@@ -33,9 +33,7 @@ SOME_KINDS = ("data_parallel", "row_wise", "mixed")
 def sparse_run(mechanism: str, kind: Any, **options: Any) -> dict[str, Any]:
     """One run; see :func:`private_run`."""
     kept = None if mechanism == "adafest" else kept_rows()
-    return private_run(
-        kind, mechanism=mechanism, sparse=SETTINGS[mechanism], kept=kept, **options
-    )
+    return private_run(kind, mechanism=mechanism, sparse=SETTINGS[mechanism], kept=kept, **options)
 
 
 def all_runs(local_size: int | None) -> dict[Any, Any]:

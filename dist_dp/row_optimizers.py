@@ -1,8 +1,8 @@
 """Optimizers of table rows whose gradients are handed over row by row, already noised.
 
 Only the rows of a step are read and written, of the weight and of the state; a row's state begins
-with its first step. So momentum and Adam are those of sparse gradients (as ``torch.optim.SparseAdam``
-has them): a row that is in no step does not move.
+with its first step. So momentum and Adam are those of sparse gradients, as
+``torch.optim.SparseAdam`` has them: a row that is in no step does not move.
 
 ===================  =============================================================================
 ``sgd``              w ← w − η g, with g ← g + λ w first, and with momentum m ← μ m + g in g's place

@@ -108,7 +108,7 @@ def test_without_noise_nothing_survives_untouched() -> None:
 
 @pytest.mark.parametrize("share", [0.0, 1.0, -0.1, 1.5])
 def test_a_share_outside_0_and_1_is_refused(share: float) -> None:
-    with pytest.raises(ConfigError, match="selection_share is .*between 0 and 1"):
+    with pytest.raises(ConfigError, match=r"selection_share is .*between 0 and 1"):
         SparseSettings(selection_share=share, threshold=1.0)
 
 
@@ -143,15 +143,15 @@ def test_wrong_tables_are_named() -> None:
     with pytest.raises(ConfigError, match="'c' is no table of the model; the tables are"):
         unknown.thresholds(1.0, ROWS)
     missing = SparseSettings(threshold={"a": 1.0})
-    with pytest.raises(ConfigError, match="names no value for table 'pooled.b'"):
+    with pytest.raises(ConfigError, match=r"names no value for table 'pooled.b'"):
         missing.thresholds(1.0, ROWS)
     both = {"one.a": 10, "two.a": 10}
-    with pytest.raises(ConfigError, match="'a' means one.a, two.a"):
+    with pytest.raises(ConfigError, match=r"'a' means one\.a, two\.a"):
         unknown.thresholds(1.0, both)
 
 
 def test_half_a_table_of_false_positives_is_refused() -> None:
-    with pytest.raises(ConfigError, match="half of table 'pooled.a'"):
+    with pytest.raises(ConfigError, match=r"half of table 'pooled\.a'"):
         SparseSettings(false_positives=5000.0).thresholds(1.0, ROWS)
 
 

@@ -35,7 +35,9 @@ def worst_profile(epsilon: Any, epsilon0: float) -> Float64Array:
     epsilon = np.asarray(epsilon, dtype=np.float64)
     inside = np.expm1((np.clip(epsilon, -epsilon0, epsilon0) - epsilon0) / 2) ** 2
     found = inside / -math.expm1(-epsilon0)
-    return np.where(epsilon < -epsilon0, -np.expm1(np.minimum(epsilon, 0.0)), found)
+    certain = -np.expm1(np.minimum(epsilon, 0.0))
+    result: Float64Array = np.where(epsilon < -epsilon0, certain, found)
+    return result
 
 
 def profiles(epsilon0: float, most: int, cells: int) -> list[Float64Array]:

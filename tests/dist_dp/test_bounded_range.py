@@ -64,7 +64,7 @@ def test_no_sequence_of_selections_exceeds_the_bound() -> None:
             np.maximum(highest, excess, out=highest)
     assert np.all(highest <= bound + 1e-12)
     # These few values of t come near it, which is 0.2 at ε = 0.
-    assert np.all(highest >= bound - 0.008)
+    assert np.all(highest >= bound - 0.012)
 
 
 def peeling(counts: Sequence[float], k: int, epsilon0: float) -> dict[tuple[int, ...], float]:

@@ -34,9 +34,25 @@ def check_whole_run_fits(accountant: Any, dataset: str, plan: PrivacyPlan) -> No
                 f"'{plan.unit}': one budget counts one unit; train with privacy.unit {budget.unit}"
             )
     spend = accountant.spent(dataset)
+    costs = plan.step_costs()
+    setup = 1 if costs.setup else 0  # step 0 comes before the others
     fits = max_steps(
-        plan.step_costs(), 1, plan.steps, spend.steps_by_event, spend.budget_epsilon, spend.delta
+        costs,
+        1 - setup,
+        plan.steps + setup,
+        spend.steps_by_event,
+        spend.budget_epsilon,
+        spend.delta,
     )
+    if setup and fits == 0:
+        raise BudgetError(
+            f"data set '{dataset}' has spent ε = {spend.epsilon:.4g} of "
+            f"{spend.budget_epsilon:.4g} (δ = {spend.delta:g}); not even what the run does before "
+            "its first step (its private choice of rows) still fits. Lower choice_epsilon, give "
+            f"public frequencies, or raise the budget (dist-dp budget set {dataset} --epsilon … "
+            "--reason …)"
+        )
+    fits -= setup
     if fits < plan.steps:
         raise BudgetError(
             f"data set '{dataset}' has spent ε = {spend.epsilon:.4g} of "

@@ -10,6 +10,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass, fields
 from typing import TYPE_CHECKING, Any, ClassVar, cast
 
+from dist_dp.bounded_range import selections_pld
 from dist_dp.errors import ConfigError
 
 if TYPE_CHECKING:
@@ -182,10 +183,72 @@ class PureEvent:
         return self.epsilon * math.tanh(self.epsilon / 2), self.epsilon
 
 
-PrivacyEvent = GaussianEvent | LaplaceEvent | PureEvent
+@dataclass(frozen=True, order=True)
+class TopKEvent:
+    """Selections of one item after another, each with an ε₀-bounded range: a private top k.
+
+    Guarantee:
+        Bounds what any sequence of so many selections costs, each chosen in the light of those
+        before, where each is an exponential mechanism with probabilities in proportion to
+        exp(ε₀ · count) among what is left, and a unit more raises every count by 1 or not at all
+        (see `dist_dp.bounded_range`). The k largest of counts with Gumbel noise of scale 1/ε₀ are
+        selected so (Durfee and Rogers 2019). For add-or-remove-one unit.
+
+    Args:
+        epsilon0: ε₀ of each selection, above 0.
+        selections: how many there are, over all tables together, 1 or more.
+
+    Raises:
+        ConfigError: a value is out of its range.
+    """
+
+    kind: ClassVar[str] = "top_k"
+    epsilon0: float
+    selections: int
+
+    def __post_init__(self) -> None:
+        """Normalise ε₀ to ``float`` and check both values."""
+        object.__setattr__(self, "epsilon0", float(self.epsilon0))
+        if not (math.isfinite(self.epsilon0) and self.epsilon0 > 0):
+            raise ConfigError(f"epsilon0 of a selection is {self.epsilon0}: give a number above 0")
+        if isinstance(self.selections, bool) or not isinstance(self.selections, int):
+            raise ConfigError(f"selections is {self.selections!r}: give an integer")
+        if self.selections < 1:
+            raise ConfigError(f"selections is {self.selections}: give 1 or more")
+
+    @property
+    def is_private(self) -> bool:
+        """Always."""
+        return True
+
+    def to_dp_event(self, count: int = 1) -> dp_accounting.DpEvent:
+        """Return ``count`` such choices in the vocabulary of ``dp_accounting``.
+
+        A mechanism with an ε₀-bounded range is ε₀²/8-zCDP (Cesar and Rogers 2021).
+        """
+        import dp_accounting as dp
+
+        return dp.ZCDpEvent(count * self.selections * self.epsilon0**2 / 8)
+
+    def pld(self, interval: float) -> Any:
+        """Return the privacy loss distribution that dominates all selections together."""
+        return selections_pld(self.epsilon0, self.selections, interval)
+
+    def times(self, count: int) -> TopKEvent:
+        """Return the one event that ``count`` such choices are: as many selections."""
+        return TopKEvent(self.epsilon0, self.selections * count)
+
+    def rough_loss(self) -> tuple[float, float]:
+        """Return about the mean of the privacy loss, and about its largest value."""
+        mean = self.selections * min(self.epsilon0**2 / 8, self.epsilon0)
+        most = self.selections * self.epsilon0
+        return mean, min(most, mean + 10 * math.sqrt(2 * mean))
+
+
+PrivacyEvent = GaussianEvent | LaplaceEvent | PureEvent | TopKEvent
 
 _KINDS: dict[str, type[PrivacyEvent]] = {
-    kind.kind: kind for kind in (GaussianEvent, LaplaceEvent, PureEvent)
+    kind.kind: kind for kind in (GaussianEvent, LaplaceEvent, PureEvent, TopKEvent)
 }
 
 

@@ -30,6 +30,11 @@ MAX_TRAIL_BYTES = 1 << 30
 MAX_LINE_BYTES = 16 << 20
 """A line of an exported ledger holds one entry; a long schedule's events take some kilobytes."""
 
+MAX_COUNT_BYTES = 8 << 30
+"""A file of public row counts, and what it unpacks to."""
+MAX_COUNT_ROWS = 1 << 28
+"""Its lines, each of which takes 16 bytes of memory."""
+
 
 def read_whole(path: Path, most: int = MAX_JSON_BYTES) -> bytes:
     """The content of a file that is not too large.

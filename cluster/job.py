@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 from bisect import bisect_left
+from collections.abc import Mapping
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
@@ -76,12 +77,15 @@ class Job:
         return store
 
 
-def make_plan(config: RunConfig, num_units: int) -> PrivacyPlan:
+def make_plan(
+    config: RunConfig, num_units: int, table_rows: Mapping[str, int] | None = None
+) -> PrivacyPlan:
     """The privacy plan of a configuration, calibrated.
 
     Args:
         config: The configuration.
         num_units: Records of the training split, or its users where they are the unit of privacy.
+        table_rows: Rows of each table, for plans that choose among them.
 
     Raises:
         ConfigError: It does not fit the number of units, or the noise of a step would be too
@@ -111,6 +115,8 @@ def make_plan(config: RunConfig, num_units: int) -> PrivacyPlan:
         noise_rounds=config.noise.rounds,
         sparse=privacy.sparse,
     )
+    if table_rows is not None:
+        plan = plan.with_choice(table_rows)
     if privacy.epsilon is not None:
         plan = plan.calibrate(privacy.epsilon, delta)
     smallest, largest = _noise_of_steps(config, plan)

@@ -71,7 +71,7 @@ def make_report(
         records_per_unit = prepared.records_per_unit
     else:
         schema, dataset = _declared_schema(config), config.data.name or "not named"
-        plan = make_plan(config, num_units)
+        plan = make_plan(config, num_units, schema.table_rows())
         records_per_unit = float(plan.max_records_per_user or 1)
     records = plan.expected_batch_size * records_per_unit
     model = build_model(config.model, schema)

@@ -68,7 +68,8 @@ def statement_of(plan: PrivacyPlan, charged: Mapping[PrivacyEvent, int] | None =
             f"This model is not private: it was trained on {plan.num_units:,} {plan.unit}s "
             f"with no privacy guarantee ({reason}). It may reveal any of them."
         )
-    steps = sum((plan.events() if charged is None else charged).values())
+    costs = plan.events() if charged is None else charged
+    steps = sum(costs.values()) - sum(costs.get(e, 0) for e in plan.step_costs().setup)
     falling = "" if plan.clip_schedule is None else " at most, by a schedule fixed in advance,"
     user = plan.unit == "user"
     return (
@@ -82,7 +83,8 @@ def statement_of(plan: PrivacyPlan, charged: Mapping[PrivacyEvent, int] | None =
         f"expected){_records(plan)}, "
         f"with gradients{' of users' if user else ''} "
         f"clipped to norm {plan.max_grad_norm:g}{falling} and a noise multiplier of "
-        f"{_noise(plan)}{_selection(plan)}, accounted by {plan.accountant.upper()}. "
+        f"{_noise(plan)}{_selection(plan)}{_choice(plan)}, accounted by "
+        f"{plan.accountant.upper()}. "
         "It covers the released model and anything computed from it, as long as the run's "
         f"noise key stays secret and ChaCha{plan.noise_rounds} is a pseudorandom function. It "
         "does not cover someone who watches the memory of the training machines or which table "
@@ -103,6 +105,18 @@ def _selection(plan: PrivacyPlan) -> str:
         " for each step's selection of rows (by counts of the units that touch them, bounded to "
         f"norm {plan.sparse.contribution_norm:g}) and gradients together, of which the selection "
         f"has {plan.sparse.share:.3g}"
+    )
+
+
+def _choice(plan: PrivacyPlan) -> str:
+    """How the rows that are trained at all were chosen."""
+    if plan.sparse is None or plan.sparse.rows is None:
+        return ""
+    if not plan.sparse.chooses_privately:
+        return ", on rows that were chosen by public frequencies"
+    return (
+        ", on rows that were chosen once before by noisy counts, at a cost of ε at most "
+        f"{plan.sparse.choice_epsilon:g} that is part of the above"
     )
 
 

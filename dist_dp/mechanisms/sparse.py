@@ -22,7 +22,7 @@ from torch import Tensor
 from dist_dp import kernels
 from dist_dp.contributions import KeptRows, contribution_maps
 from dist_dp.distributed import all_gather_cat, all_reduce_sum, rank
-from dist_dp.errors import ConfigError
+from dist_dp.errors import ConfigError, DistDpError
 from dist_dp.id_distribution import IdDistribution
 from dist_dp.mechanisms.base import Mechanism, Read, Schedule
 from dist_dp.row_optimizers import RowOptimizer
@@ -70,7 +70,7 @@ class SparseNoise(Mechanism):
         schedules: They count the steps; no noise is owed.
         plan: σ, C₁, C₂, the expected batch size, thresholds.
         optimizers: The update of each optimizer group of tables.
-        kept: FEST's rows by unique table name.
+        kept: FEST's rows by unique table name, if they are known already; see :meth:`keep`.
         rounds: ChaCha rounds of the noise.
     """
 
@@ -95,13 +95,12 @@ class SparseNoise(Mechanism):
                 f"noise.grid does not go with mechanism '{self.name}': remove it, or use lazydp"
             )
         assert plan.sparse is not None  # the plan saw to it
-        if self.chooses_once != (kept is not None):
-            raise ConfigError(
-                f"mechanism '{self.name}' {'needs' if kept is None else 'takes no'} chosen rows"
-            )
+        if kept is not None and not self.chooses_once:
+            raise ConfigError(f"mechanism '{self.name}' takes no chosen rows")
         self.plan = plan
         self.optimizers = list(optimizers)
         self.kept: dict[str, Tensor] = dict(kept or {})
+        self._has_chosen = kept is not None or not self.chooses_once
         self.last_selection: SelectionStats | None = None
         self._settings = plan.sparse
         self._noise: dict[str, SelectionNoise] = {}
@@ -116,6 +115,18 @@ class SparseNoise(Mechanism):
         if shard.table in self.kept:
             self._local[id(shard)] = self._local_part(shard)
         self._noise[shard.table] = SelectionNoise.of_table(shard.noise_key, self.rounds)
+
+    def keep(self, kept: KeptRows, shards: Iterable[TableShard]) -> None:
+        """Takes over the rows that were chosen, before the first step.
+
+        Args:
+            kept: By unique table name, int64, sorted; tables that are not named keep all rows.
+            shards: The shards here.
+        """
+        self.kept.clear()
+        self.kept.update(kept)
+        self._has_chosen = True
+        self._local = {id(s): self._local_part(s) for s in shards if s.table in self.kept}
 
     def before_lookup(self, reads: Sequence[Read], *, training: bool = True) -> None:
         """Nothing waits."""
@@ -153,6 +164,11 @@ class SparseNoise(Mechanism):
             step: The step in flight.
             rates: Learning rate and weight decay of each group of tables.
         """
+        if not self._has_chosen:
+            raise DistDpError(
+                f"mechanism '{self.name}' has no rows to train yet: they are chosen when the model "
+                "is made private by an engine, or given by keep()"
+            )
         self._step, self._rates = step, list(rates)
         maps, self._maps = self._maps, []
         self._survivors = {}

@@ -8,6 +8,7 @@
 ``fixed/NAME``              buffers and frozen parameters
 ``schedules/GROUP/…``       prefix sums of the noise schedule of each group of tables
 ``generators/RANK/DEVICE``  torch's own generator (dropout), for a run with as many workers
+``kept/TABLE``              rows that are trained at all, where they were chosen once
 ``row_states/TABLE/…``      optimizer state of the rows that have one; see
                             :mod:`dist_dp.checkpoint_row_states`
 ==========================  ========================================================================
@@ -32,6 +33,7 @@ from dist_dp.checkpoint_row_states import (
 from dist_dp.checkpoint_tensors import Piece
 from dist_dp.distributed import all_reduce_max, rank
 from dist_dp.errors import CheckpointError
+from dist_dp.mechanisms.sparse import SparseNoise
 
 if TYPE_CHECKING:
     from dist_dp.private_model import PrivateModel
@@ -47,6 +49,9 @@ def pieces_of(parts: PrivateModel) -> dict[str, list[Piece]]:
     _agree_on_history(parts)
     found = _table_pieces(parts)
     found |= row_state_pieces(parts)
+    if isinstance(parts.mechanism, SparseNoise):
+        for table, rows in parts.mechanism.kept.items():
+            found[f"kept/{table}"] = [Piece.whole(rows)]
     for name, parameter in parts.recorder.parameters.items():
         found[f"dense/{name}"] = [Piece.whole(parameter.detach())]
     for name, tensor in _optimizer_state(parts).items():
@@ -100,7 +105,7 @@ class Restored:
             self.pieces[f"dense/{name}"] = [Piece.whole(parameter.detach())]
         for name, tensor in parts.fixed.items():
             self.pieces[f"fixed/{name}"] = [Piece.whole(tensor)]
-        kept = ["optimizer/", "schedules/"] + [f"generators/{rank()}/"] * same_world
+        kept = ["kept/", "optimizer/", "schedules/"] + [f"generators/{rank()}/"] * same_world
         for name, described in saved.state_dict_metadata.items():
             if name.startswith(tuple(kept)) and isinstance(described, TensorStorageMetadata):
                 empty = torch.empty(described.size, dtype=described.properties.dtype)
@@ -139,6 +144,7 @@ class Restored:
             CheckpointError: The optimizer or the schedules are of another kind.
         """
         parts = self._parts
+        self._finish_kept()
         schedules = self._group("schedules")
         for group, schedule in enumerate(parts.mechanism.schedules):
             schedule.load_state_dict({"step": numbers["step"], **schedules[str(group)]})
@@ -154,6 +160,25 @@ class Restored:
             torch.set_rng_state(states["cpu"])
             if "cuda" in states:
                 torch.cuda.set_rng_state(states["cuda"], parts.device)
+
+    def _finish_kept(self) -> None:
+        kept = {
+            name.removeprefix("kept/"): piece.tensor
+            for name, (piece, *_) in self.pieces.items()
+            if name.startswith("kept/")
+        }
+        mechanism = self._parts.mechanism
+        if not isinstance(mechanism, SparseNoise) or not mechanism.chooses_once:
+            if kept:
+                raise CheckpointError("it holds chosen rows, which this mechanism does not choose")
+            return
+        rows = {s.table: s.num_rows for cut in self._parts.cuts for s in cut.shards}
+        for table, chosen in kept.items():
+            ordered = chosen.dtype == torch.int64 and bool((chosen[1:] > chosen[:-1]).all())
+            inside = not chosen.numel() or (0 <= int(chosen[0]))
+            if not ordered or not inside or int(chosen[-1]) >= rows.get(table, int(chosen[-1]) + 1):
+                raise CheckpointError(f"the chosen rows of table '{table}' are damaged")
+        mechanism.keep(kept, self._parts.shards)
 
     def _finish_optimizer(self) -> None:
         parts = self._parts

@@ -183,7 +183,7 @@ class PrivacyEngine:
             data_loader,
             None,
             max_grad_norm,
-            None,
+            target_delta,
             epochs,
             steps,
             expected_batch_size,
@@ -449,9 +449,9 @@ class PrivacyEngine:
             restarted=restarted,
             position=self._saved_position(),
         )
-        if plan.sparse is not None and plan.sparse.rows is not None:
-            mechanism = self._parts.mechanism
-            assert isinstance(mechanism, SparseNoise)
+        mechanism = self._parts.mechanism
+        # A run that goes on has the rows that it chose.
+        if isinstance(mechanism, SparseNoise) and not mechanism.has_chosen:
             kept = choose_rows(
                 plan,
                 tables,

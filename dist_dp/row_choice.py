@@ -38,8 +38,8 @@ def choose_rows(
 
     Guarantee:
         A private choice costs the plan's setup event and is charged, as the run's step 0, before
-        anything is counted; once for a secret, since made again by a run that goes on it comes out
-        the same.
+        anything is counted; once for a secret, since made again from the same records it comes out
+        the same. A run that goes on from a checkpoint does not choose again.
 
     Args:
         plan: With its choice resolved (`PrivacyPlan.with_choice`).

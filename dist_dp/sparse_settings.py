@@ -227,7 +227,7 @@ class SparseSettings(PlainModel):
             return {t: (tau, _tail(tau, deviation)) for t, tau in taus.items()}
         assert self.false_positives is not None
         if isinstance(self.false_positives, dict):
-            given = dict[str, float](self.false_positives)
+            given: Mapping[str, float] = self.false_positives
             targets = by_table(given, rows, "sparse.false_positives")
             rates = {t: targets[t] / max(1, rows[t]) for t in rows}
         else:

@@ -116,6 +116,11 @@ class SparseNoise(Mechanism):
             self._local[id(shard)] = self._local_part(shard)
         self._noise[shard.table] = SelectionNoise.of_table(shard.noise_key, self.rounds)
 
+    @property
+    def has_chosen(self) -> bool:
+        """Whether it is known which rows are trained at all."""
+        return self._has_chosen
+
     def keep(self, kept: KeptRows, shards: Iterable[TableShard]) -> None:
         """Takes over the rows that were chosen, before the first step.
 

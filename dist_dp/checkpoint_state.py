@@ -175,7 +175,7 @@ class Restored:
         rows = {s.table: s.num_rows for cut in self._parts.cuts for s in cut.shards}
         for table, chosen in kept.items():
             ordered = chosen.dtype == torch.int64 and bool((chosen[1:] > chosen[:-1]).all())
-            inside = not chosen.numel() or (0 <= int(chosen[0]))
+            inside = not chosen.numel() or (int(chosen[0]) >= 0)
             if not ordered or not inside or int(chosen[-1]) >= rows.get(table, int(chosen[-1]) + 1):
                 raise CheckpointError(f"the chosen rows of table '{table}' are damaged")
         mechanism.keep(kept, self._parts.shards)

@@ -34,6 +34,7 @@ class Job:
         config: The resolved configuration.
         columns: The data schema with the table sizes of this run.
         plan: The privacy plan.
+        owner: Tells it from another run of its name; random.
         resume: Go on from the run's checkpoint.
         verbose: Let libraries log.
     """
@@ -46,6 +47,7 @@ class Job:
     config: dict[str, Any]
     columns: dict[str, Any]
     plan: dict[str, Any]
+    owner: str
     resume: bool = False
     verbose: bool = False
 

@@ -16,6 +16,7 @@ from rich.table import Table
 from rich.text import Text
 
 from dist_dp.cluster.config import RunConfig
+from dist_dp.cluster.last_words import LastWords
 
 
 class ProgressLine:
@@ -121,14 +122,28 @@ def watched_fit(
     """
     from dist_dp.cluster.trainer import Trainer
 
-    with ProgressLine(Console(stderr=True)) as line:
+    with LastWords() as words, ProgressLine(Console(stderr=True)) as line:
+
+        def watch(progress: dict[str, Any]) -> None:
+            if trainer.run_folder is not None:
+                words.are(_ended_unasked(trainer.run_folder))
+            line(progress)
+
         if isinstance(run, RunConfig):
-            trainer = Trainer(run, verbose=verbose, watch=line)
+            trainer = Trainer(run, verbose=verbose, watch=watch)
         else:
-            trainer = Trainer.resumed(run, changes, verbose=verbose, watch=line)
+            trainer = Trainer.resumed(run, changes, verbose=verbose, watch=watch)
         summary = trainer.fit()
     assert trainer.run_folder is not None
     return summary, trainer.run_folder
+
+
+def _ended_unasked(folder: Path) -> str:
+    return (
+        "error: this process was ended before it could say why: by Ray, if the head of the cluster "
+        "or its own node is gone, or by the system. What was leased stays charged; if there is a "
+        f"checkpoint, go on from it: dist-dp train --resume {folder}"
+    )
 
 
 def print_summary(summary: dict[str, Any], folder: Path) -> None:

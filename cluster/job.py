@@ -35,6 +35,7 @@ class Job:
         config: The resolved configuration.
         columns: The data schema with the table sizes of this run.
         plan: The privacy plan.
+        owner: Tells it from another run of its name; random.
         resume: Go on from the run's checkpoint.
         verbose: Let libraries log.
     """
@@ -47,6 +48,7 @@ class Job:
     config: dict[str, Any]
     columns: dict[str, Any]
     plan: dict[str, Any]
+    owner: str
     resume: bool = False
     verbose: bool = False
 

@@ -8,7 +8,7 @@ from typing import Any
 import ray
 from ray.util.scheduling_strategies import NodeAffinitySchedulingStrategy
 
-from dist_dp.errors import DistDpError
+from dist_dp.errors import ConfigError, DistDpError
 
 NAMESPACE = "dist-dp"
 
@@ -75,14 +75,26 @@ class _Monitor:
 
 
 def start_monitor(name: str) -> Any:
-    """Starts the monitor of a run, on the driver's node; workers find it by name."""
+    """Starts the monitor of a run, on the driver's node; workers find it by name.
+
+    Raises:
+        ConfigError: A run of that name is under way in the cluster.
+    """
     # On another one it would be lost with that node, though the run could go on.
     here = NodeAffinitySchedulingStrategy(ray.get_runtime_context().get_node_id(), soft=False)
-    return (
-        ray.remote(_Monitor)
-        .options(name=monitor_name(name), namespace=NAMESPACE, num_cpus=0, scheduling_strategy=here)
-        .remote()
-    )
+    try:
+        return (
+            ray.remote(_Monitor)
+            .options(
+                name=monitor_name(name), namespace=NAMESPACE, num_cpus=0, scheduling_strategy=here
+            )
+            .remote()
+        )
+    except ValueError:  # its name is taken
+        raise ConfigError(
+            f"a run named '{name}' is under way in this cluster: wait until it ends, or choose "
+            "another --name"
+        ) from None
 
 
 def monitor_name(run: str) -> str:

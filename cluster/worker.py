@@ -105,6 +105,7 @@ class Run:
             resume_from=self.checkpoint if self.goes_on else None,
             trail=trail_file(self.folder) if config.train.checkpoint_every else None,
             fence=fence,
+            owner=job.owner,
             device=device,
             settings=settings_to_keep(job.config),
         )

@@ -121,9 +121,15 @@ def open_account(
     stop_at_budget: bool,
     resumed_at: tuple[int, bool] | None,
     restarted: bool = False,
+    owner: str = "",
     position: Position | None = None,
 ) -> Any:
     """Registers the data set if it is new and opens the run's account; every rank calls it.
+
+    Guarantee:
+        An account is gone on with only by the run that opened it: with its checkpoint, or with its
+        ``owner``. So the leases of a run of the same name elsewhere are never taken over, and no
+        steps are drawn on what that one was charged.
 
     Args:
         accountant: Rank 0's, or None for one on ``ledger`` in this process.
@@ -138,7 +144,7 @@ def open_account(
             was settled in it. The account is open already.
         restarted: An earlier attempt at this run may have opened the account, and died before its
             first checkpoint: go on with it then, from step 0.
-
+        owner: Of this run, the same in all its attempts; kept in the ledger.
         position: Of the ledger when the checkpoint was saved, if there is one.
 
     Returns:
@@ -156,7 +162,8 @@ def open_account(
             accountant = accountant or LocalAccountant(Ledger(ledger))
             costs = None if plan.mechanism == "none" else plan.step_costs()
             if restarted and resumed_at is None and accountant.knows_run(run_id):
-                resumed_at = (0, False)
+                # Without the same owner it is one of that name elsewhere: refused below.
+                resumed_at = (0, False) if accountant.run_owner(run_id) == owner else None
             if position is not None:
                 accountant.check_contains(position)
             if resumed_at is not None:
@@ -178,7 +185,11 @@ def open_account(
                     )
                     if not stop_at_budget:
                         check_whole_run_fits(accountant, dataset, plan)
-                about = {"non_private": costs is None, "planned_steps": plan.steps}
+                about = {
+                    "non_private": costs is None,
+                    "planned_steps": plan.steps,
+                    "owner": owner,
+                }
                 accountant.open_run(run_id, dataset, costs, about)
         except DistDpError as error:
             failure = error

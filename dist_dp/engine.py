@@ -16,6 +16,7 @@ Example:
 
 from __future__ import annotations
 
+import hashlib
 import math
 import secrets
 import uuid
@@ -89,6 +90,8 @@ class PrivacyEngine:
             that after a crash a replay that comes out the same is not charged again; see
             :mod:`dist_dp.trail`. Without it every replayed step is charged again.
         fence: Rank 0's attempt at the run, where another one may take its place.
+        owner: Tells the run from others of its name, in all its attempts; by default the place of
+            the trail does.
         secret: 32-byte secret for reproducible tests. Leave it out: the operating system makes
             one. A given secret marks the run as not private.
         device: Where tables and dense layers live; by default where the model is.
@@ -114,6 +117,7 @@ class PrivacyEngine:
         resume_from: str | Path | None = None,
         trail: str | Path | None = None,
         fence: Fence | None = None,
+        owner: str | None = None,
         secret: bytes | None = None,
         device: torch.device | str | None = None,
         settings: Mapping[str, Any] | None = None,
@@ -130,6 +134,8 @@ class PrivacyEngine:
         self.resume_from = Path(resume_from) if resume_from else None
         self.trail = Path(trail) if trail else None
         self.fence = fence
+        place = str(self.trail.resolve()) if self.trail else ""
+        self._owner = owner or hashlib.sha256(place.encode()).hexdigest()[:32]
         self.device = None if device is None else torch.device(device)
         self.noise_grid = noise_grid
         self.noise_rounds = noise_rounds
@@ -447,6 +453,7 @@ class PrivacyEngine:
             stop_at_budget=stop_at_budget,
             resumed_at=resumed_at,
             restarted=restarted,
+            owner=self._owner,
             position=self._saved_position(),
         )
         mechanism = self._parts.mechanism

@@ -185,6 +185,15 @@ class Ledger(LeaseLedger):
         with self._transaction(write=False):
             return self._state.run(run_id).status
 
+    def run_owner(self, run_id: str) -> str:
+        """Return who opened a run (``owner`` in its details), empty if that was not said.
+
+        Raises:
+            LedgerError: the run is unknown.
+        """
+        with self._transaction(write=False):
+            return self._state.run(run_id).owner
+
     def forecast(self, run_id: str) -> Forecast | None:
         """Return at which step the budget ends for a run; see `dist_dp.ledger_grant.forecast`.
 

@@ -249,8 +249,15 @@ class Trainer:
             monitor, self.config.cluster.hang_timeout_s, lambda text: self.watch({"notice": text})
         )
         try:
-            with _stop_on_interrupt(monitor, stopping):
-                fit_workers(train_worker, job.to_dict(), self.config.cluster, job, self.verbose)
+            try:
+                with _stop_on_interrupt(monitor, stopping):
+                    fit_workers(train_worker, job.to_dict(), self.config.cluster, job, self.verbose)
+            except DistDpError as error:
+                # What a worker said of itself says more than that the group is gone.
+                with contextlib.suppress(ray.exceptions.RayError):
+                    for failure in ray.get(monitor.failure.remote(), timeout=10):
+                        raise readable(failure) from error
+                raise
             for failure in ray.get(monitor.failure.remote()):
                 raise readable(failure)
         finally:

@@ -37,7 +37,9 @@ def train_worker(values: dict[str, Any]) -> None:
     threads = config.cluster.threads_per_worker
     if threads:
         torch.set_num_threads(threads)
-    with ended_for_good(job.run_name, Path(job.run_folder)) as (link, fence):
+    with ended_for_good(job.run_name, Path(job.run_folder)) as (link, fence, is_over):
+        if is_over:
+            return
         accountant = None
         if fence is not None:
             patient = PatientAccountant(AccountantClient(job.ledger), link.say)

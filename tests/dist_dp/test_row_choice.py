@@ -99,9 +99,7 @@ def test_a_run_begun_anew_chooses_and_pays_again(tmp_path: Path) -> None:
 def test_a_choice_that_no_budget_is_left_for_is_not_made(tmp_path: Path) -> None:
     begin(engine(tmp_path, mechanism="fest", sparse=private(), run_id="one"), target_epsilon=3.0)
     with pytest.raises(BudgetError, match="not even what the run does before its first step"):
-        begin(
-            engine(tmp_path, mechanism="fest", sparse=private(choice_epsilon=3.9), run_id="two")
-        )
+        begin(engine(tmp_path, mechanism="fest", sparse=private(choice_epsilon=3.9), run_id="two"))
 
 
 def test_a_choice_that_takes_the_whole_target_is_refused(tmp_path: Path) -> None:

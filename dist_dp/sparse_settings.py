@@ -227,8 +227,9 @@ class SparseSettings(PlainModel):
             return {t: (tau, _tail(tau, deviation)) for t, tau in taus.items()}
         assert self.false_positives is not None
         if isinstance(self.false_positives, dict):
-            given: Mapping[str, float] = self.false_positives
-            targets = by_table(given, rows, "sparse.false_positives")
+            targets: dict[str, float] = by_table(
+                self.false_positives, rows, "sparse.false_positives"
+            )
             rates = {t: targets[t] / max(1, rows[t]) for t in rows}
         else:
             rates = dict.fromkeys(rows, self.false_positives / max(1, sum(rows.values())))

@@ -104,7 +104,7 @@ def huge(index: Any) -> None:
         (put("file", "/etc/passwd"), "absolute path"),
         (put("file", ".."), "leads out"),
         (put("file", "gone.bin"), "is missing"),
-        (huge, "claims more of 'schedules/0/prefix'"),
+        (huge, "shorter than the index says .tensor 'schedules/0/prefix'"),
         (lambda index: dense(index).update(dtype="load"), "no dtype"),
         (lambda index: dense(index).update(shape=[1 << 50, 1 << 50]), "outside|not the whole"),
         (lambda index: index.update(tensors=[]), "damaged"),

@@ -134,3 +134,19 @@ def test_a_worker_that_hangs_is_started_again(
     summary = fit(tmp_path, clicks, harms, hang_timeout_s=6.0, max_failures=5)
     assert summary["steps"] == STEPS and charged(tmp_path) == STEPS
     assert same_model(tmp_path, undisturbed[0])
+
+
+@pytest.mark.ray
+@pytest.mark.slow
+@pytest.mark.chaos
+@pytest.mark.timeout(900)
+def test_a_worker_hangs_at_every_moment(
+    undisturbed: tuple[Path, dict[str, Any]], tmp_path: Path, clicks: Path
+) -> None:
+    """The watchdog ends it while they train; in a release, the other one waits no longer."""
+    moments = ("before charge", "after charge", "mid-update", "mid-checkpoint", "mid-release")
+    harms = [harm(moment, kind="hung") for moment in moments]
+    summary = fit(tmp_path, clicks, harms, hang_timeout_s=8.0, max_failures=12)
+    assert summary["steps"] == STEPS and charged(tmp_path) == STEPS
+    assert same_model(tmp_path, undisturbed[0])
+    assert Ledger(tmp_path / "ledger.sqlite").run_status("run") == "completed"

@@ -10,7 +10,7 @@ import json
 import os
 import shutil
 import tempfile
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import IO, Any, Self
 
@@ -122,10 +122,17 @@ def _locked(path: Path) -> Iterator[None]:
         yield
 
 
-def publish(folder: Path, destination: Path, overwrite: bool) -> bool:
-    """Renames the finished folder; False if another process's store is there by now."""
-    (folder / "lock").unlink()
-    folder.chmod(0o755)
+def publish(folder: Path, destination: Path, overwrite: bool, sources: Sequence[Path]) -> bool:
+    """Renames the finished folder; False if another process's store is there by now.
+
+    It holds the records: whoever may not read all of the sources may not read it either, nor
+    whom the umask leaves out.
+    """
+    lock = folder / "lock"
+    rights = [path.stat().st_mode for path in (*sources, lock)]
+    lock.unlink()
+    shared = [who for who in (3, 0) if all(mode & (4 << who) for mode in rights)]
+    folder.chmod(0o700 | sum(5 << who for who in shared))
     if overwrite and destination.exists():
         old = folder.with_name(folder.name.replace(".partial-", ".replaced-"))
         destination.rename(old)

@@ -152,3 +152,19 @@ def test_one_workers_own_trouble_ends_the_run(
         Trainer(parse_config(values)).fit()
     assert came_true(tmp_path, harms)
     assert time.monotonic() - began < 240  # a minute where nothing else runs
+
+
+@pytest.mark.ray
+@pytest.mark.slow
+@pytest.mark.chaos
+@pytest.mark.timeout(900)
+def test_a_worker_hangs_at_every_moment(
+    undisturbed: tuple[Path, dict[str, Any]], tmp_path: Path, clicks: Path
+) -> None:
+    """The watchdog ends it while they train; in a release, the other one waits no longer."""
+    moments = ("before charge", "after charge", "mid-update", "mid-checkpoint", "mid-release")
+    harms = [harm(moment, kind="hung") for moment in moments]
+    summary = fit(tmp_path, clicks, harms, hang_timeout_s=8.0, max_failures=12)
+    assert summary["steps"] == STEPS and charged(tmp_path) == STEPS
+    assert same_model(tmp_path, undisturbed[0])
+    assert Ledger(tmp_path / "ledger.sqlite").run_status("run") == "completed"

@@ -14,7 +14,7 @@ from tests.cluster.small import charged_steps, run, small, start, write_config
 
 pytestmark = [pytest.mark.ray, pytest.mark.slow]
 
-STEPS = 120
+STEPS = 1500  # more than a cluster takes to end
 
 
 @pytest.mark.timeout(900)

@@ -141,5 +141,5 @@ def check_distinct(rows: Tensor) -> None:
     twice = ordered[1:][ordered[1:] == ordered[:-1]]
     if twice.numel():
         raise ValueError(
-            f"row {int(twice[0])} comes twice where distinct rows are wanted; pass torch.unique(rows)"
+            f"row {int(twice[0])} comes twice, but rows must be distinct; pass torch.unique(rows)"
         )

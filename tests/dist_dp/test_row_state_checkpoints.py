@@ -276,8 +276,10 @@ def test_values_are_read_into_place() -> None:
     assert saved.row_state is not None
     assert piece.tensor.data_ptr() == saved.row_state.values["sum"].data_ptr()
     half = columns_of(4, 4)
+    update(half, "adagrad", 1)  # forgotten: what is restored is what was saved
     restored([saved], [half], "adagrad")
     assert half.row_state is not None
+    assert torch.equal(half.row_state.rows, saved.row_state.rows)
     assert torch.equal(half.row_state.values["sum"], saved.row_state.values["sum"][:, 4:])
 
 

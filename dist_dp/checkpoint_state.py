@@ -3,14 +3,13 @@
 ==========================  ========================================================================
 ``tables/TABLE/weight``     weights, *not settled*, and beside them ``last_step`` and whatever else
                             the shards keep; one global tensor each, whatever the sharding
+``kept/TABLE``              rows that are trained at all, where they were chosen once
+``row_states/TABLE/…``      state of updated rows, see :mod:`dist_dp.checkpoint_rows`
 ``dense/PARAMETER``         dense layers
 ``optimizer/PARAMETER/…``   state of their optimizer
 ``fixed/NAME``              buffers and frozen parameters
 ``schedules/GROUP/…``       prefix sums of the noise schedule of each group of tables
 ``generators/RANK/DEVICE``  torch's own generator (dropout), for a run with as many workers
-``kept/TABLE``              rows that are trained at all, where they were chosen once
-``row_states/TABLE/…``      optimizer state of the rows that have one; see
-                            :mod:`dist_dp.checkpoint_row_states`
 ==========================  ========================================================================
 """
 
@@ -24,12 +23,7 @@ from torch import Tensor
 from torch.distributed.checkpoint.metadata import Metadata, TensorStorageMetadata
 
 from dist_dp.checkpoint_groups import groups_of, restore_settings
-from dist_dp.checkpoint_row_states import (
-    PREFIX,
-    empty_row_states,
-    restore_row_states,
-    row_state_pieces,
-)
+from dist_dp.checkpoint_rows import RestoredRows, row_state_pieces
 from dist_dp.checkpoint_tensors import Piece
 from dist_dp.distributed import all_reduce_max, rank
 from dist_dp.errors import CheckpointError
@@ -47,8 +41,7 @@ def pieces_of(parts: PrivateModel) -> dict[str, list[Piece]]:
         CheckpointError: The dense optimizer keeps something that is no tensor.
     """
     _agree_on_history(parts)
-    found = _table_pieces(parts)
-    found |= row_state_pieces(parts)
+    found = _table_pieces(parts) | row_state_pieces(parts.shards)
     if isinstance(parts.mechanism, SparseNoise):
         for table, rows in parts.mechanism.kept.items():
             found[f"kept/{table}"] = [Piece.whole(rows)]
@@ -87,6 +80,10 @@ class Restored:
         saved: What the checkpoint holds.
         same_world: Whether it was saved by as many workers.
 
+    Attributes:
+        pieces: What is read first.
+        row_states: The states of rows; their values are read next.
+
     Raises:
         CheckpointError: The checkpoint holds tensors that this model does not have.
     """
@@ -99,8 +96,6 @@ class Restored:
             if f"tables/{shard.table}/last_step" in names:
                 shard.last_step  # noqa: B018 (allocates)
         self.pieces = _table_pieces(parts)
-        self._row_states = empty_row_states(parts, saved)
-        self.pieces |= self._row_states
         for name, parameter in parts.recorder.parameters.items():
             self.pieces[f"dense/{name}"] = [Piece.whole(parameter.detach())]
         for name, tensor in parts.fixed.items():
@@ -110,14 +105,18 @@ class Restored:
             if name.startswith(tuple(kept)) and isinstance(described, TensorStorageMetadata):
                 empty = torch.empty(described.size, dtype=described.properties.dtype)
                 self.pieces[name] = [Piece.whole(empty)]
+        self.row_states = RestoredRows(parts.shards, saved)
+        self.pieces |= self.row_states.rows
         self._refuse_unknown(names)
 
     def _refuse_unknown(self, names: set[str]) -> None:
         """Every tensor must have its place, on this rank or on another."""
         tables = {f"tables/{cut.table_id(c.name)}" for cut in self._parts.cuts for c in cut.configs}
         for name in sorted(names - set(self.pieces)):
-            known = name.startswith(("generators/", PREFIX)) or (
-                name.startswith("tables/") and name.rpartition("/")[0] in tables
+            known = (
+                name.startswith("generators/")
+                or (name.startswith("tables/") and name.rpartition("/")[0] in tables)
+                or (self.row_states.knows(name) and f"tables/{name.split('/')[1]}" in tables)
             )
             # A table's state that lies here was asked for by name already, if it is kept at all.
             here = name.rpartition("/")[0] in {f"tables/{s.table}" for s in self._parts.shards}
@@ -144,6 +143,7 @@ class Restored:
             CheckpointError: The optimizer or the schedules are of another kind.
         """
         parts = self._parts
+        self.row_states.finish()
         self._finish_kept()
         schedules = self._group("schedules")
         for group, schedule in enumerate(parts.mechanism.schedules):
@@ -151,9 +151,6 @@ class Restored:
         live = dict([*parts.model.named_parameters(), *parts.model.named_buffers()])
         for name, tensor in parts.fixed.items():
             live[name].copy_(tensor)
-        restore_row_states(
-            parts, {name: piece.tensor for name, (piece,) in self._row_states.items()}
-        )
         self._finish_optimizer()
         restore_settings(parts, numbers["param_groups"])
         for states in self._group("generators").values():
@@ -172,11 +169,15 @@ class Restored:
             if kept:
                 raise CheckpointError("it holds chosen rows, which this mechanism does not choose")
             return
-        rows = {s.table: s.num_rows for cut in self._parts.cuts for s in cut.shards}
+        rows = {
+            cut.table_id(c.name): c.num_embeddings for cut in self._parts.cuts for c in cut.configs
+        }
         for table, chosen in kept.items():
             ordered = chosen.dtype == torch.int64 and bool((chosen[1:] > chosen[:-1]).all())
-            inside = not chosen.numel() or (int(chosen[0]) >= 0)
-            if not ordered or not inside or int(chosen[-1]) >= rows.get(table, int(chosen[-1]) + 1):
+            inside = not chosen.numel() or (
+                int(chosen[0]) >= 0 and int(chosen[-1]) < rows.get(table, 0)
+            )
+            if not (ordered and inside):
                 raise CheckpointError(f"the chosen rows of table '{table}' are damaged")
         mechanism.keep(kept, self._parts.shards)
 

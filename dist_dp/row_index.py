@@ -1,7 +1,7 @@
-"""A map from row numbers to slots, for what exists only for some rows of a table.
+"""Numbers the rows of a table that have a state, so that state exists for these rows alone.
 
-Open addressing with linear probing, done for all rows of a call at once. Its memory is that of the
-rows it holds, whatever the table's size.
+A hash map with open addressing, vectorised in PyTorch: a lookup of many rows takes a few rounds of
+gathers, each over the rows that are not found yet. Works on the CPU and on a GPU.
 """
 
 from __future__ import annotations
@@ -9,100 +9,137 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-_LEAST = 1 << 10
-_EMPTY = -1
+_SMALLEST = 1024
+"""Places of an index that is still empty; a power of 2."""
+_MULTIPLIER = 0x9E3779B97F4A7C15 - (1 << 64)
+"""2^64 divided by the golden ratio, odd, as an int64: neighbours are scattered (Knuth)."""
 
 
 class RowIndex:
-    """Rows by number, each with a slot: 0, 1, … in the order in which they came.
+    """From local row number to slot: 0, 1, … in the order of insertion.
+
+    Memory is O(rows inserted): at most 32 bytes for each beyond the smallest size. The places are
+    at most half full; they double.
 
     Args:
-        device: Where rows are looked up.
+        device: Where the row numbers that will be asked for are.
     """
 
     def __init__(self, device: torch.device | str = "cpu") -> None:
-        self._device = torch.device(device)
-        self._rows = torch.empty(_LEAST // 2, dtype=torch.int64, device=self._device)
-        self._count = 0
-        self._clear(_LEAST)
+        self._size = 0
+        self._rows = torch.empty(_SMALLEST // 2, dtype=torch.int64, device=device)
+        self._places = torch.full((_SMALLEST,), -1, dtype=torch.int32, device=device)
 
     def __len__(self) -> int:
-        """Rows that have a slot."""
-        return self._count
+        """Rows inserted."""
+        return self._size
 
     @property
     def rows(self) -> Tensor:
-        """int64 ``[len]``: the row of each slot; a view."""
-        return self._rows[: self._count]
+        """int64 ``[len(self)]``: the rows by slot; a view."""
+        return self._rows[: self._size]
 
     @property
-    def num_bytes(self) -> int:
-        """Memory it takes."""
-        return 8 * (self._keys.numel() + self._rows.numel()) + 4 * self._slots.numel()
+    def nbytes(self) -> int:
+        """Bytes held."""
+        return self._rows.nbytes + self._places.nbytes
 
     def lookup(self, rows: Tensor) -> Tensor:
-        """The slot of each row, int64 ``[n]``; -1 where it has none.
+        """The slots of rows.
 
         Args:
-            rows: int64 ``[n]``, 0 or more, repeats allowed.
+            rows: int64 ``[n]``, any order, repeats allowed.
+
+        Returns:
+            int64 ``[n]``, -1 where a row is absent.
         """
-        slots = torch.full(rows.shape, -1, dtype=torch.int64, device=rows.device)
-        places = self._first_places(rows)
-        pending = torch.arange(rows.numel(), device=rows.device)
+        places = self._home(rows)
+        slots = self._places[places].long()
+        elsewhere = (slots >= 0) & (self._rows[slots.clamp_min(0)] != rows)
+        pending = elsewhere.nonzero().squeeze(1)
+        wanted, places = rows[pending], places[pending]
+        distance = 0
         while pending.numel():
-            found = self._keys[places]
-            hit = found == rows[pending]
-            slots[pending[hit]] = self._slots[places[hit]].to(torch.int64)
-            on = ~(hit | (found == _EMPTY))
-            pending, places = pending[on], (places[on] + 1) & self._mask
+            distance += 1
+            places = (places + distance) & (self._places.numel() - 1)
+            found = self._places[places].long()
+            elsewhere = (found >= 0) & (self._rows[found.clamp_min(0)] != wanted)
+            slots[pending] = found
+            again = elsewhere.nonzero().squeeze(1)
+            pending, wanted, places = pending[again], wanted[again], places[again]
         return slots
 
     def insert(self, rows: Tensor) -> Tensor:
-        """The slot of each row, int64 ``[n]``; rows that had none get the next ones, in order.
+        """The slots of rows, new ones for those that are absent, in the order given.
 
         Args:
-            rows: int64 ``[n]``, 0 or more, distinct.
+            rows: int64 ``[n]``, distinct, 0 or more, any order.
+
+        Returns:
+            int64 ``[n]``.
+
+        Raises:
+            ValueError: A row comes twice.
         """
         slots = self.lookup(rows)
-        new = slots < 0
-        fresh = rows[new]
-        if not fresh.numel():
+        absent = (slots < 0).nonzero().squeeze(1)
+        if not absent.numel():
             return slots
-        count = self._count + fresh.numel()
-        if count > self._rows.numel():
-            larger = self._rows.new_empty(max(count, 2 * self._rows.numel()))
-            larger[: self._count] = self.rows
-            self._rows = larger
-        self._rows[self._count : count] = fresh
-        numbers = torch.arange(self._count, count, device=rows.device)
-        self._count = count
-        if 2 * count > self._keys.numel():
-            size = self._keys.numel()
-            while 2 * count > size:
-                size *= 2
-            self._clear(size)
-            self._put(self.rows, torch.arange(count, device=rows.device))
-        else:
-            self._put(fresh, numbers)
-        slots[new] = numbers
+        fresh = rows[absent]
+        check_distinct(fresh)
+        first, self._size = self._size, self._size + fresh.numel()
+        if self._size > self._rows.numel():
+            grown = fresh.new_empty(_doubled(self._rows.numel(), self._size))
+            grown[:first] = self._rows[:first]
+            self._rows = grown
+        self._rows[first : self._size] = fresh
+        slots[absent] = torch.arange(first, self._size, device=rows.device)
+        if 2 * self._size > self._places.numel():
+            places = _doubled(self._places.numel(), 2 * self._size)
+            self._places = torch.full((places,), -1, dtype=torch.int32, device=rows.device)
+            first = 0
+        self._place(torch.arange(first, self._size, dtype=torch.int32, device=rows.device))
         return slots
 
-    def _clear(self, size: int) -> None:
-        self._mask = size - 1
-        self._keys = torch.full((size,), _EMPTY, dtype=torch.int64, device=self._device)
-        self._slots = torch.empty(size, dtype=torch.int32, device=self._device)
+    def _home(self, rows: Tensor) -> Tensor:
+        """Where the search for a row begins."""
+        bits = self._places.numel().bit_length() - 1
+        return ((rows * _MULTIPLIER) >> (64 - bits)) & (self._places.numel() - 1)
 
-    def _put(self, rows: Tensor, slots: Tensor) -> None:
-        """Puts rows that are not there into free places; of several at one place one gets it."""
-        places = self._first_places(rows)
-        while rows.numel():
-            free = self._keys[places] == _EMPTY
-            self._keys[places[free]] = rows[free]
-            mine = self._keys[places] == rows
-            self._slots[places[mine]] = slots[mine].to(torch.int32)
-            rows, slots, places = rows[~mine], slots[~mine], (places[~mine] + 1) & self._mask
+    def _place(self, slots: Tensor) -> None:
+        """Gives each slot, int32, the first free place on the way from its row's home.
 
-    def _first_places(self, rows: Tensor) -> Tensor:
-        """Where to begin to look: neighbours in a table are spread."""
-        mixed = rows * -7046029254386353131  # the golden ratio's fraction of 2^64, odd
-        return ((mixed ^ (mixed >> 29)) * 0x2545F491 >> 20) & self._mask
+        Where several want a place one of them gets it, and the others see that and go on.
+        """
+        places = self._home(self._rows[slots.long()])
+        distance = 0
+        while slots.numel():
+            free = self._places[places] < 0
+            self._places[places[free]] = slots[free]
+            again = (self._places[places] != slots).nonzero().squeeze(1)
+            distance += 1
+            # Steps of 1, 2, 3, … reach every place, since their number is a power of 2.
+            slots = slots[again]
+            places = (places[again] + distance) & (self._places.numel() - 1)
+
+
+def _doubled(size: int, needed: int) -> int:
+    while size < needed:
+        size *= 2
+    return size
+
+
+def check_distinct(rows: Tensor) -> None:
+    """Refuses rows that are not distinct; cheap where they are sorted.
+
+    Raises:
+        ValueError: A row comes twice.
+    """
+    if bool((rows[1:] > rows[:-1]).all()):
+        return
+    ordered = rows.sort().values
+    twice = ordered[1:][ordered[1:] == ordered[:-1]]
+    if twice.numel():
+        raise ValueError(
+            f"row {int(twice[0])} comes twice, but rows must be distinct; pass torch.unique(rows)"
+        )

@@ -1,142 +1,111 @@
-"""Optimizers of table rows whose gradients are handed over row by row, already noised.
+"""Optimizers that update given rows of a table and nothing else.
 
-Only the rows of a step are read and written, of the weight and of the state; a row's state begins
-with its first step. So momentum and Adam are those of sparse gradients, as
-``torch.optim.SparseAdam`` has them: a row that is in no step does not move.
-
-===================  =============================================================================
-``sgd``              w ← w − η g, with g ← g + λ w first, and with momentum m ← μ m + g in g's place
-``adagrad``          s ← s + g², w ← w − η g / (√s + ε), by element
-``rowwise_adagrad``  s ← s + mean(g²), one number a row
-``adam``             m ← β₁ m + (1 − β₁) g by element, v ← β₂ v + (1 − β₂) mean(g²) a row, both
-                     corrected by the row's own number of steps; w ← w − η m̂ / (√v̂ + ε)
-===================  =============================================================================
-
-With a split by columns, ``mean`` is over the columns of a shard, as in TorchRec's row-wise
-optimizers: the result then depends on the split.
+For mechanisms whose update is not FBGEMM's: those that leave the noised gradient on few rows. The
+formulae are PyTorch's. A row that gets no gradient in a step is, in that step, like a parameter
+whose gradient is ``None``: its weight, momentum, moments and number of updates stay.
 """
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 
 import torch
 from torch import Tensor
 
-from dist_dp.row_index import RowIndex
+from dist_dp.errors import ConfigError
+from dist_dp.row_index import check_distinct
+from dist_dp.row_state import RowState, StateField
 from dist_dp.sharding import TableOptimizer
 from dist_dp.table_shard import TableShard
 from dist_dp.wide_rows import read_rows, write_rows
 
-BY_ELEMENT: Mapping[str, tuple[str, ...]] = {
-    "sgd": (),
-    "adagrad": ("sum",),
-    "rowwise_adagrad": (),
-    "adam": ("first",),
+_BLOCK_NUMBERS = 1 << 18
+"""Numbers of a table updated at a time: they and what is made of them stay in the cache."""
+
+_EACH, _ROW = StateField(columns=True), StateField(columns=False)
+_FIELDS: dict[str, dict[str, StateField]] = {
+    "sgd": {"momentum": _EACH},
+    "adagrad": {"sum": _EACH},
+    "rowwise_adagrad": {"sum": _ROW},
+    "adam": {
+        "exp_avg": _EACH,
+        "exp_avg_sq": _ROW,
+        "step": StateField(columns=False, dtype=torch.int32),
+    },
 }
-"""State of an optimizer with a number for each element of a row."""
-BY_ROW: Mapping[str, tuple[str, ...]] = {
-    "sgd": (),
-    "adagrad": (),
-    "rowwise_adagrad": ("row_sum",),
-    "adam": ("second", "steps"),
-}
-"""State with a number a row."""
 
+ROW_OPTIMIZERS = frozenset(_FIELDS)
+"""Kinds of :class:`~dist_dp.sharding.TableOptimizer` that can update single rows."""
 
-class RowState:
-    """An optimizer's state of those rows of a shard that were ever updated.
-
-    Args:
-        columns: Columns of the shard.
-        by_element: Names of what has a number for each element, float32.
-        by_row: Names of what has a number for each row, float32.
-        device: Where the shard is.
-    """
-
-    def __init__(
-        self,
-        columns: int,
-        by_element: tuple[str, ...],
-        by_row: tuple[str, ...],
-        device: torch.device,
-    ) -> None:
-        self.index = RowIndex(device)
-        self.columns = columns
-        self._values: dict[str, Tensor] = {
-            name: torch.zeros(0, columns, device=device) for name in by_element
-        }
-        self._values |= {name: torch.zeros(0, device=device) for name in by_row}
-
-    @property
-    def names(self) -> list[str]:
-        """Names of what is kept."""
-        return list(self._values)
-
-    def values(self, name: str) -> Tensor:
-        """float32 ``[rows, columns]`` or ``[rows]``, in the order of ``index.rows``; a view."""
-        return self._values[name][: len(self.index)]
-
-    def slots(self, rows: Tensor) -> Tensor:
-        """Where the state of rows is, int64 ``[n]``; rows without one get zeros.
-
-        Args:
-            rows: int64 ``[n]``, distinct local rows.
-        """
-        slots = self.index.insert(rows)
-        count = len(self.index)
-        for name, old in self._values.items():
-            if old.shape[0] < count:
-                larger = old.new_zeros(max(count, 2 * old.shape[0]), *old.shape[1:])
-                larger[: old.shape[0]] = old
-                self._values[name] = larger
-        return slots
-
-    def take(self, name: str, slots: Tensor) -> Tensor:
-        """A copy of some rows' values."""
-        return self._values[name].index_select(0, slots)
-
-    def put(self, name: str, slots: Tensor, values: Tensor) -> None:
-        """Writes some rows' values."""
-        self._values[name].index_copy_(0, slots, values)
-
-    @property
-    def num_bytes(self) -> int:
-        """Memory it takes."""
-        return self.index.num_bytes + sum(v.numel() * 4 for v in self._values.values())
+_Rule = Callable[[Tensor, Tensor, dict[str, Tensor], float], None]
+"""Changes a block's values and states in place: values, gradient, states, learning rate."""
 
 
 class RowOptimizer:
-    """Takes an optimizer's step on some rows of a shard.
+    """Updates rows of a shard with one of the table optimizers.
+
+    ===================  ==========================================================================
+    ``sgd``              coupled weight decay; with momentum a buffer for each updated row
+                         (``torch.optim.SGD``)
+    ``adagrad``          sum of squares of each number (``torch.optim.Adagrad``)
+    ``rowwise_adagrad``  sum of each row's mean square (FBGEMM's ``EXACT_ROWWISE_ADAGRAD``)
+    ``adam``             first moment of each number, second moment of each row's mean square;
+                         both are corrected by the number of updates of the row, not of the run
+    ===================  ==========================================================================
+
+    With column-wise splits the row-wise states are of the columns of each shard, as TorchRec's:
+    the result then depends on how the table is split.
+
+    Guarantee:
+        Nothing is added to the privacy loss: weights and states are functions of the gradients
+        handed over, which the mechanism has noised, and of which rows these are, which it has
+        chosen privately. No other row of weight or state is read or written.
 
     Args:
-        settings: Kind and constants.
+        settings: Kind, eps, momentum and betas.
+
+    Raises:
+        ConfigError: The kind is unknown.
     """
 
     def __init__(self, settings: TableOptimizer) -> None:
+        if settings.kind not in _FIELDS:
+            raise ConfigError(
+                f"table optimizer '{settings.kind}' cannot update single rows; choose one of "
+                f"{', '.join(sorted(ROW_OPTIMIZERS))} (train.table_optimizer)"
+            )
         self.settings = settings
+        self._rule: _Rule = {
+            "sgd": self._sgd,
+            "adagrad": self._adagrad,
+            "rowwise_adagrad": self._rowwise_adagrad,
+            "adam": self._adam,
+        }[settings.kind]
 
     @property
-    def _kept(self) -> tuple[tuple[str, ...], tuple[str, ...]]:
-        """Names of what is kept by element, and by row."""
-        kind = self.settings.kind
-        if kind == "sgd" and self.settings.momentum:
-            return ("momentum",), ()
-        return BY_ELEMENT[kind], BY_ROW[kind]
+    def fields(self) -> Mapping[str, StateField]:
+        """What it keeps for a row that was ever updated, by name; nothing for plain SGD."""
+        stateless = self.settings.kind == "sgd" and not self.settings.momentum
+        return {} if stateless else _FIELDS[self.settings.kind]
 
-    @property
-    def state_names(self) -> set[str]:
-        """Names of what it keeps; none for plain SGD."""
-        by_element, by_row = self._kept
-        return {*by_element, *by_row}
+    def prepare(self, shard: TableShard) -> None:
+        """Gives a shard an empty state, if it needs one and has none.
 
-    def state_of(self, shard: TableShard) -> RowState | None:
-        """A shard's state, made if it has none yet; None for plain SGD, which keeps none."""
-        if not self.state_names:
-            return None
-        if shard.row_state is None:
-            shard.row_state = RowState(shard.weight.shape[1], *self._kept, shard.weight.device)
-        return shard.row_state
+        Before a checkpoint is loaded: a state is restored only where one is expected.
+
+        Raises:
+            ConfigError: The shard has the state of another optimizer.
+        """
+        state = shard.row_state
+        if state is None and self.fields:
+            rows, columns = shard.weight.shape
+            device = shard.weight.device
+            shard.row_state = RowState(self.settings.kind, self.fields, (rows, columns), device)
+        elif state is not None and (state.kind != self.settings.kind or not self.fields):
+            raise ConfigError(
+                f"table '{shard.table}': its rows have the state of '{state.kind}', not of "
+                f"'{self.settings.kind}'; use one table optimizer for the whole run"
+            )
 
     @torch.no_grad()
     def update(
@@ -148,53 +117,89 @@ class RowOptimizer:
         learning_rate: float,
         weight_decay: float = 0.0,
     ) -> None:
-        """Takes a step.
+        """Takes a step on some rows.
+
+        Memory is O(rows ever updated), and a block beside it.
 
         Args:
-            shard: The shard.
-            rows: int64 ``[n]``, distinct local rows.
-            gradient: float32 ``[n, local columns]``; overwritten.
-            learning_rate: η.
-            weight_decay: λ, coupled, of these rows alone; for ``sgd``.
+            shard: The shard; a half-precision one is updated in its float32 values.
+            rows: int64 ``[n]``, distinct local rows; sorted ones are faster.
+            gradient: float32 ``[n, local columns]``, noised and divided by the batch; unchanged.
+            learning_rate: Of this step.
+            weight_decay: Coupled (added to the gradient), on these rows only.
+
+        Raises:
+            ValueError: Rows or gradient do not fit the shard; nothing was changed.
         """
-        if not rows.numel():
-            return
-        if weight_decay:
-            gradient.add_(read_rows(shard, rows), alpha=weight_decay)
-        state = self.state_of(shard)
-        step = gradient if state is None else self._step(state, state.slots(rows), gradient)
-        if shard.low is None and shard.weight.dtype == torch.float32:
-            shard.weight.index_add_(0, rows, step, alpha=-learning_rate)
-        else:
-            write_rows(shard, rows, read_rows(shard, rows).sub_(step, alpha=learning_rate))
+        _check(shard, rows, gradient)
+        self.prepare(shard)
+        state = shard.row_state
+        slots = None if state is None else state.insert(rows)
+        values = {} if state is None else state.values
+        block = max(1, _BLOCK_NUMBERS // max(1, gradient.shape[1]))
+        for start in range(0, rows.numel(), block):
+            part = slice(start, start + block)
+            weights, direction = read_rows(shard, rows[part]), gradient[part]
+            if weight_decay:
+                direction = direction.add(weights, alpha=weight_decay)
+            held = {}
+            if slots is not None:
+                held = {name: t.index_select(0, slots[part]) for name, t in values.items()}
+            self._rule(weights, direction, held, learning_rate)
+            for name, tensor in held.items():
+                assert slots is not None
+                values[name].index_copy_(0, slots[part], tensor)
+            write_rows(shard, rows[part], weights)
 
-    def _step(self, state: RowState, slots: Tensor, gradient: Tensor) -> Tensor:
-        """What η is multiplied with, in the gradient's memory or new."""
-        kind, eps = self.settings.kind, self.settings.eps
-        if kind == "sgd":
-            momentum = state.take("momentum", slots).mul_(self.settings.momentum).add_(gradient)
-            state.put("momentum", slots, momentum)
-            return momentum
-        if kind == "adagrad":
-            total = state.take("sum", slots).addcmul_(gradient, gradient)
-            state.put("sum", slots, total)
-            return gradient.div_(total.sqrt_().add_(eps))
-        squares = gradient.square().mean(1)
-        if kind == "rowwise_adagrad":
-            total = state.take("row_sum", slots).add_(squares)
-            state.put("row_sum", slots, total)
-            return gradient.div_(total.sqrt_().add_(eps).unsqueeze(1))
-        return self._adam(state, slots, gradient, squares)
+    def _sgd(
+        self, weights: Tensor, gradient: Tensor, held: dict[str, Tensor], learning_rate: float
+    ) -> None:
+        if held:
+            gradient = held["momentum"].mul_(self.settings.momentum).add_(gradient)
+        weights.add_(gradient, alpha=-learning_rate)
 
-    def _adam(self, state: RowState, slots: Tensor, gradient: Tensor, squares: Tensor) -> Tensor:
-        decay1, decay2 = self.settings.betas
-        steps = state.take("steps", slots).add_(1.0)
-        first = state.take("first", slots).mul_(decay1).add_(gradient, alpha=1.0 - decay1)
-        second = state.take("second", slots).mul_(decay2).add_(squares, alpha=1.0 - decay2)
-        for name, value in (("steps", steps), ("first", first), ("second", second)):
-            state.put(name, slots, value)
-        exact = steps.to(torch.float64)
-        one = -torch.expm1(exact * torch.log(exact.new_tensor(decay1)))
-        two = -torch.expm1(exact * torch.log(exact.new_tensor(decay2)))
-        root = (second / two).sqrt_().add_(self.settings.eps)
-        return first.mul_((1.0 / (one * root)).to(torch.float32).unsqueeze(1))
+    def _adagrad(
+        self, weights: Tensor, gradient: Tensor, held: dict[str, Tensor], learning_rate: float
+    ) -> None:
+        squares = held["sum"].addcmul_(gradient, gradient)
+        weights.addcdiv_(gradient, squares.sqrt().add_(self.settings.eps), value=-learning_rate)
+
+    def _rowwise_adagrad(
+        self, weights: Tensor, gradient: Tensor, held: dict[str, Tensor], learning_rate: float
+    ) -> None:
+        squares = held["sum"].add_(gradient.square().mean(1))
+        factor = squares.sqrt().add_(self.settings.eps).reciprocal_()
+        weights.addcmul_(gradient, factor.unsqueeze(1), value=-learning_rate)
+
+    def _adam(
+        self, weights: Tensor, gradient: Tensor, held: dict[str, Tensor], learning_rate: float
+    ) -> None:
+        first, second = self.settings.betas
+        mean = held["exp_avg"].lerp_(gradient, 1 - first)
+        square = held["exp_avg_sq"].mul_(second).add_(gradient.square().mean(1), alpha=1 - second)
+        steps = held["step"].add_(1).double()
+        root = (square.double() / (1 - second**steps)).sqrt_().add_(self.settings.eps)
+        factor = 1 / ((1 - first**steps) * root)
+        weights.addcmul_(mean, factor.to(mean.dtype).unsqueeze(1), value=-learning_rate)
+
+
+def _check(shard: TableShard, rows: Tensor, gradient: Tensor) -> None:
+    count, columns = shard.weight.shape
+    wanted = (rows.numel(), columns)
+    if rows.dim() != 1 or rows.dtype != torch.int64:
+        raise ValueError(
+            f"table '{shard.table}': rows are {rows.dtype} {tuple(rows.shape)}; pass int64 [n]"
+        )
+    if tuple(gradient.shape) != wanted or gradient.dtype != torch.float32:
+        raise ValueError(
+            f"table '{shard.table}': the gradient is {gradient.dtype} {tuple(gradient.shape)}; "
+            f"pass float32 {list(wanted)}: a row for each of rows, the columns of the shard"
+        )
+    if rows.numel():
+        low, high = (int(n) for n in torch.stack(rows.aminmax()).tolist())
+        if low < 0 or high >= count:
+            raise ValueError(
+                f"table '{shard.table}': row {low if low < 0 else high} is not among the {count} "
+                "local rows; subtract the shard's row_offset from global rows"
+            )
+        check_distinct(rows)

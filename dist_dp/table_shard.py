@@ -5,16 +5,13 @@ from __future__ import annotations
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
-from typing import TYPE_CHECKING
 
 import torch
 from torch import Tensor
 
 from dist_dp.distributed import all_gather_cat
 from dist_dp.errors import ReleaseError
-
-if TYPE_CHECKING:
-    from dist_dp.row_optimizers import RowState
+from dist_dp.row_state import RowState
 
 
 @dataclass
@@ -37,8 +34,8 @@ class TableShard:
             settled to ``last_step`` with the weight; None without.
         low: What a half-precision weight lacks of its float32 value; see
             :mod:`dist_dp.wide_rows`. None for float32 tables.
-        row_state: What an optimizer keeps for rows that were ever updated, where the mechanism
-            updates the rows itself; see :mod:`dist_dp.row_optimizers`. None without.
+        row_state: What the optimizer keeps for rows that were ever updated, where the update is of
+            single rows (:mod:`dist_dp.row_optimizers`); None otherwise.
         settling: True while rows are being brought up to date; if an error struck meanwhile it
             stays so, and the rows must not leave (see :meth:`check_whole` and :func:`settled`).
     """
@@ -78,7 +75,10 @@ class TableShard:
         return self._history is not None
 
     def state_tensors(self) -> dict[str, Tensor]:
-        """Live tensors that a training checkpoint keeps; dimension 0 is the local rows."""
+        """Live tensors that a training checkpoint keeps; dimension 0 is the local rows.
+
+        The row state is kept too, but not here: it has a row only where there was an update.
+        """
         tensors = {"weight": self.weight}
         if self._history is not None:
             tensors["last_step"] = self._history

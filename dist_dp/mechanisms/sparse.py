@@ -111,7 +111,8 @@ class SparseNoise(Mechanism):
         self._step = 0
 
     def prepare(self, shard: TableShard) -> None:
-        """Notes which of the chosen rows are here, and derives the selection's key."""
+        """Notes which of the chosen rows are here; derives keys, and makes the empty state."""
+        self.optimizers[shard.group].prepare(shard)
         if shard.table in self.kept:
             self._local[id(shard)] = self._local_part(shard)
         self._noise[shard.table] = SelectionNoise.of_table(shard.noise_key, self.rounds)

@@ -17,6 +17,7 @@ from rich.text import Text
 
 from dist_dp.cluster.config import RunConfig
 from dist_dp.cluster.last_words import LastWords
+from dist_dp.figures import round_up
 
 
 class ProgressLine:
@@ -88,7 +89,7 @@ class ProgressLine:
         epsilon = progress["epsilon"]
         privacy = "not private"
         if math.isfinite(epsilon):
-            privacy = f"ε ≤ {epsilon:.2f}"
+            privacy = f"ε ≤ {round_up(epsilon, 3)}"
             if self._target:
                 privacy += f" of {self._target:g}"
         parts = [
@@ -154,18 +155,21 @@ def print_summary(summary: dict[str, Any], folder: Path) -> None:
         value = summary.get(key)
         return "–" if value is None else format(value, form)
 
+    def bound(key: str) -> str:
+        value = summary.get(key)
+        return "–" if value is None else round_up(float(value))
+
     table = Table.grid(padding=(0, 2))
     if summary["private"]:
         unit = summary.get("unit_of_privacy", "record")
         table.add_row(
             "privacy",
-            f"ε = {number('epsilon', '.4g')}, δ = {number('delta', '.3g')} for each {unit}",
+            f"ε = {bound('epsilon')}, δ = {number('delta', 'g')} for each {unit}",
         )
         table.add_row(
             "budget",
             f"data set '{summary['dataset']}' has spent ε = "
-            f"{number('dataset_spent_epsilon', '.4g')} of "
-            f"{number('dataset_budget_epsilon', '.4g')}",
+            f"{bound('dataset_spent_epsilon')} of {number('dataset_budget_epsilon', 'g')}",
         )
     else:
         why = "fixed seed" if summary.get("fixed_seed") else f"mechanism {summary['mechanism']}"

@@ -19,6 +19,7 @@ from dist_dp.cluster.models import build_model
 from dist_dp.cluster.workload import PlannedTable, dense_shape, planned_tables
 from dist_dp.datasets.schema import DataSchema
 from dist_dp.errors import ConfigError
+from dist_dp.figures import round_up
 from dist_dp.noise_grid import MULTIPLES, spacing_text
 from dist_dp.plan import PrivacyPlan
 from dist_dp.selection_forecast import forecast_selection
@@ -226,7 +227,7 @@ def print_report(report: dict[str, Any]) -> None:
     else:
         head.add_row(
             "privacy",
-            f"ε = {report['epsilon']:.4g}, δ = {report['delta']:.3g} for each {report['unit']}",
+            f"ε = {round_up(report['epsilon'])}, δ = {report['delta']:g} for each {report['unit']}",
         )
         head.add_row("noise multiplier", _noise(report))
         head.add_row("clip norm", f"{report['max_grad_norm']:g}")

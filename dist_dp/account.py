@@ -8,6 +8,7 @@ from typing import Any
 from dist_dp.accountant import LocalAccountant
 from dist_dp.distributed import broadcast_object, rank
 from dist_dp.errors import BudgetError, DistDpError, LedgerError
+from dist_dp.figures import round_up
 from dist_dp.ledger import Ledger
 from dist_dp.ledger_address import LedgerAddress
 from dist_dp.ledger_entry import Position
@@ -55,8 +56,8 @@ def check_whole_run_fits(accountant: Any, dataset: str, plan: PrivacyPlan) -> No
     fits -= setup
     if fits < plan.steps:
         raise BudgetError(
-            f"data set '{dataset}' has spent ε = {spend.epsilon:.4g} of "
-            f"{spend.budget_epsilon:.4g} (δ = {spend.delta:g}); {fits} of the {plan.steps} "
+            f"data set '{dataset}' has spent ε = {round_up(spend.epsilon)} of "
+            f"{spend.budget_epsilon:g} (δ = {spend.delta:g}); {fits} of the {plan.steps} "
             "planned steps still fit. Plan fewer or noisier steps, raise the budget (dist-dp "
             f"budget set {dataset} --epsilon … --reason …), or let the run stop when the "
             "budget is used up (privacy.stop_at_budget)"

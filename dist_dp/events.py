@@ -16,6 +16,10 @@ from dist_dp.errors import ConfigError
 if TYPE_CHECKING:
     import dp_accounting
 
+# Beyond these dp_accounting has no floats to calculate with; more rate or less noise costs no less.
+_LEAST_RATE = 1e-300
+_MOST_NOISE = 1e100
+
 
 @dataclass(frozen=True, order=True)
 class _NoiseEvent:
@@ -68,8 +72,8 @@ class GaussianEvent(_NoiseEvent):
         from dp_accounting.pld import privacy_loss_distribution
 
         return privacy_loss_distribution.from_gaussian_mechanism(
-            standard_deviation=self.noise_multiplier,
-            sampling_prob=self.sample_rate,
+            standard_deviation=min(self.noise_multiplier, _MOST_NOISE),
+            sampling_prob=max(self.sample_rate, _LEAST_RATE),
             value_discretization_interval=interval,
             neighboring_relation=NeighboringRelation.ADD_OR_REMOVE_ONE,
         )
@@ -82,7 +86,7 @@ class GaussianEvent(_NoiseEvent):
 
     def rough_loss(self) -> tuple[float, float]:
         """Return about the mean of one step's privacy loss, and its largest value."""
-        inverse = 1 / self.noise_multiplier**2
+        inverse = (1 / self.noise_multiplier) * (1 / self.noise_multiplier)  # inf at worst
         mean = self.sample_rate * inverse / 2
         if inverse < 100:
             mean = min(mean, self.sample_rate**2 * math.expm1(inverse))
@@ -115,7 +119,7 @@ class LaplaceEvent(_NoiseEvent):
 
         return privacy_loss_distribution.from_laplace_mechanism(
             self.noise_multiplier,
-            sampling_prob=self.sample_rate,
+            sampling_prob=max(self.sample_rate, _LEAST_RATE),
             value_discretization_interval=interval,
         )
 
@@ -126,7 +130,7 @@ class LaplaceEvent(_NoiseEvent):
     def rough_loss(self) -> tuple[float, float]:
         """Return about the mean of one step's privacy loss, and its largest value."""
         largest = 1 / self.noise_multiplier
-        return self.sample_rate * min(largest, largest**2), largest
+        return self.sample_rate * min(largest, largest * largest), largest
 
 
 @dataclass(frozen=True, order=True)
@@ -272,7 +276,9 @@ def gaussians_together(
         raise ConfigError("noise_multipliers is empty: give that of each mechanism of the step")
     if min(noise_multipliers) <= 0:
         return GaussianEvent(min(noise_multipliers), sample_rate)
-    return GaussianEvent(sum(s**-2 for s in noise_multipliers) ** -0.5, sample_rate)
+    least = min(noise_multipliers)
+    squares = sum((least / multiplier) ** 2 for multiplier in noise_multipliers)
+    return GaussianEvent(least / math.sqrt(squares), sample_rate)
 
 
 def event_order(event: PrivacyEvent) -> tuple[Any, ...]:

@@ -4,10 +4,10 @@ from __future__ import annotations
 
 import math
 from collections.abc import Mapping
-from decimal import ROUND_CEILING, Decimal
 from typing import TYPE_CHECKING
 
 from dist_dp.events import PrivacyEvent
+from dist_dp.figures import round_up
 from dist_dp.noise_grid import spacing_text
 from dist_dp.sparse_settings import ADAPTIVE, SPARSE_MECHANISMS
 
@@ -73,7 +73,7 @@ def statement_of(plan: PrivacyPlan, charged: Mapping[PrivacyEvent, int] | None =
     falling = "" if plan.clip_schedule is None else " at most, by a schedule fixed in advance,"
     user = plan.unit == "user"
     return (
-        f"This model is (ε, δ)-differentially private with ε = {_round_up(epsilon)} and "
+        f"This model is (ε, δ)-differentially private with ε = {round_up(epsilon)} and "
         f"δ = {plan.delta:g}. The unit of privacy is one {plan.unit} of the training data"
         f"{', with all records that have its key' if user else ''}, "
         "and the guarantee compares data sets that differ by adding or removing one such "
@@ -131,12 +131,3 @@ def _noise(plan: PrivacyPlan) -> str:
     if plan.noise_multiplier_schedule is None:
         return f"{greatest:.5g}"
     return f"{least:.5g} to {greatest:.5g}, by a schedule fixed in advance"
-
-
-def _round_up(value: float, digits: int = 4) -> str:
-    """Write ``value`` with so many significant digits, never below it."""
-    if value == 0:
-        return "0"
-    exact = Decimal(value)
-    quantum = Decimal(1).scaleb(exact.adjusted() - digits + 1)
-    return f"{exact.quantize(quantum, rounding=ROUND_CEILING).normalize():f}"

@@ -9,7 +9,6 @@ import torch
 from torch import Tensor
 
 from dist_dp import kernels
-from dist_dp.errors import ConfigError
 from dist_dp.mechanisms.base import Mechanism, Read
 from dist_dp.mechanisms.row_states import TableSets, has_own_state, settle_range, settle_stale
 from dist_dp.table_shard import TableShard
@@ -22,19 +21,8 @@ class NoMechanism(Mechanism):
     private = False
     table_optimizers = frozenset({"sgd", "adagrad", "rowwise_adagrad"})
 
-    @classmethod
-    def check_optimizer(cls, kind: str) -> None:
-        """Refuses what FBGEMM does not fuse on every device.
-
-        Raises:
-            ConfigError: With the optimizers that work.
-        """
-        if kind not in cls.table_optimizers:
-            raise ConfigError(
-                f"mechanism 'none' updates tables by FBGEMM's fused "
-                f"{', '.join(sorted(cls.table_optimizers))}, not by '{kind}': choose one of these "
-                "for the tables (dense layers may use any optimizer)"
-            )
+    why_these_optimizers = "FBGEMM updates the tables, by an optimizer that it fuses"
+    other_ways = ""
 
     @cached_property
     def _sets(self) -> TableSets:

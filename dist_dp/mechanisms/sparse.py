@@ -12,10 +12,11 @@ what it sees is noised already.
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, ClassVar
 
+import numpy as np
 import torch
 from torch import Tensor
 
@@ -38,7 +39,7 @@ if TYPE_CHECKING:
 
 @dataclass(frozen=True)
 class SelectionStats:
-    """What a step's selection came to. Private: it follows from noised counts alone.
+    """What a step's selection came to: post-processing of noised counts, so covered with them.
 
     Attributes:
         rows: Rows that were noised, over all ranks; a row in several column shards counts once.
@@ -225,23 +226,11 @@ class SparseNoise(Mechanism):
                 num_columns=shard.weight.shape[1],
                 rounds=self.rounds,
             )
-            total.add_(noise, alpha=deviation)
+            total.add_(noise, alpha=_rounded_up(deviation))
         learning_rate, weight_decay = self._rates[shard.group]
         self.optimizers[shard.group].update(
             shard, survivors, total, learning_rate=learning_rate, weight_decay=weight_decay
         )
-
-    def expected_false_positives(self, rows: Mapping[str, int], step: int = 1) -> dict[str, float]:
-        """Rows of each table that survive a step in the mean although no unit touches them.
-
-        Args:
-            rows: Rows of each table that may survive at all.
-            step: The step.
-        """
-        if not self.adaptive:
-            return dict.fromkeys(rows, 0.0)
-        found = self._settings.thresholds(self.plan.noise_multiplier_at(step), rows)
-        return {table: probability * rows[table] for table, (_, probability) in found.items()}
 
     def _eligible(self, cuts: Sequence[CutEmbeddings]) -> dict[str, int]:
         """Rows of each table that may survive."""
@@ -267,8 +256,9 @@ class SparseNoise(Mechanism):
 
     def _range_of_kept(self, shard: TableShard) -> tuple[int, int]:
         """Where the chosen rows of a shard begin and end among the table's."""
-        bounds = torch.tensor([shard.row_offset, shard.row_offset + shard.weight.shape[0]])
-        first, last = torch.searchsorted(self.kept[shard.table], bounds).tolist()
+        kept = self.kept[shard.table]
+        bounds = [shard.row_offset, shard.row_offset + shard.weight.shape[0]]
+        first, last = torch.searchsorted(kept, torch.tensor(bounds, device=kept.device)).tolist()
         return first, last
 
     def _chosen(
@@ -324,6 +314,12 @@ class SparseNoise(Mechanism):
         device = next((s.weight.device for cut in cuts for s in cut.shards), None)
         total = all_reduce_sum(torch.tensor(found, dtype=torch.int64, device=device))
         self.last_selection = SelectionStats(*total.tolist())
+
+
+def _rounded_up(value: float) -> float:
+    """The least float32 that is not below a value: noise is never weakened."""
+    nearest = np.float32(value)
+    return float(nearest if nearest >= value else np.nextafter(nearest, np.float32(np.inf)))
 
 
 def _counted(cut: CutEmbeddings, lookups: Sequence[Any]) -> dict[int, tuple[Tensor, Tensor]]:

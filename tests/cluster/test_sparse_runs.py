@@ -18,8 +18,11 @@ from dist_dp.released import Release
 from tests.cluster import test_faults
 from tests.cluster.small import assert_one_line_error, run, small, write_config
 
-ADAFEST = {"mechanism": "adafest", "sparse": {"false_positives": 5, "selection_share": 0.2}}
-BOTH = {
+ADAFEST: dict[str, Any] = {
+    "mechanism": "adafest",
+    "sparse": {"false_positives": 5, "selection_share": 0.2},
+}
+BOTH: dict[str, Any] = {
     "mechanism": "adafest+",
     "sparse": {
         "rows": 40,
@@ -49,10 +52,10 @@ BOTH = {
         ({"privacy": ADAFEST, "train": {"look_ahead": True}}, ("train.look_ahead", "lazydp")),
         ({"privacy": {"mechanism": "lazydp", "sparse": {"threshold": 1}}}, ("sparse is set",)),
         (
-            {"privacy": BOTH | {"sparse": BOTH["sparse"] | {"rows": {"C1": 10**6}}}},  # type: ignore[operator]
+            {"privacy": BOTH | {"sparse": BOTH["sparse"] | {"rows": {"C1": 10**6}}}},
             ("1,000,000 rows of table 'C1'",),
         ),
-        ({"privacy": BOTH | {"sparse": BOTH["sparse"] | {"rows": 10**6}}}, ("largest table",)),  # type: ignore[operator]
+        ({"privacy": BOTH | {"sparse": BOTH["sparse"] | {"rows": 10**6}}}, ("largest table",)),
         ({"privacy": ADAFEST | {"sparse": {"thresh": 1}}}, ("thresh",)),
     ],
 )

@@ -85,7 +85,11 @@ def test_the_same_records_in_other_files_have_the_same_fingerprint(tmp_path: Pat
         pq.write_table(table.slice(row, 1), tmp_path / "parts" / f"{row}.parquet")
     found = {
         convert(
-            tmp_path / name, tmp_path / f"{name} store", "parquet", schema=SCHEMA, split=None
+            tmp_path / name,
+            tmp_path / f"{name} store",
+            format="parquet",
+            schema=SCHEMA,
+            split=None,
         ).fingerprint
         for name in ("whole.parquet", "parts")
     }

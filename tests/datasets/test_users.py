@@ -62,7 +62,7 @@ def test_a_hash_of_the_user_lies_beside_the_record(tmp_path: Path, kind: str) ->
 def test_users_may_be_any_integer_of_64_bits(tmp_path: Path, kind: str) -> None:
     """Hashes without a sign were said to be an unreadable file."""
     ends = np.iinfo(kind)
-    who = [int(ends.max), int(ends.min), 0, int(ends.max) - 1] * 5
+    who = [int(ends.max), int(ends.min), 7, int(ends.max) - 1] * 5
     source = write(tmp_path, pa.array(who, getattr(pa, kind)()))
     convert(source, tmp_path / "store", schema=WITH_USERS, split=None)
     keys = ArrowStore.open(tmp_path / "store").split("all").user_keys()

@@ -148,13 +148,13 @@ def test_any_noise_has_a_bound(kind: type[GaussianEvent | LaplaceEvent], noise: 
     """An error that is no `DistDpError` here ended other jobs' calls of the accountant too."""
     found = epsilon_of({kind(noise, 1e-3): 100}, DELTA)
     assert found == (math.inf if noise < 1 else 0.0)
-    assert delta_of({kind(noise, 1e-3): 100}, 1.0) == (1.0 if noise < 1 else 0.0)
+    assert delta_of({kind(noise, 1e-3): 100}, 1.0) == pytest.approx(float(noise < 1), abs=1e-12)
 
 
 @pytest.mark.parametrize("rate", [1e-320, 1e-17, 1 - 2**-53])
 def test_any_sample_rate_has_a_bound(rate: float) -> None:
     low = epsilon_of({GaussianEvent(5.0, rate): 100}, DELTA)
-    assert 0 <= low <= epsilon_of({GaussianEvent(5.0, 1.0): 100}, DELTA) + 1e-9
+    assert 0 <= low <= epsilon_of({GaussianEvent(5.0, 1.0): 100}, DELTA) * (1 + 1e-6)
     assert (low > 1) == (rate > 0.5)
 
 

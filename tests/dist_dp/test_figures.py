@@ -17,7 +17,8 @@ from dist_dp.figures import round_up
     ("value", "digits", "text"),
     [
         (1.0001, 3, "1.01"),
-        (0.004, 3, "0.004"),
+        (0.004, 3, "0.00401"),  # the float is above 0.004
+        (0.25, 3, "0.25"),
         (7.99991, 4, "8"),
         (1.2341, 4, "1.235"),
         (5475.34, 3, "5480"),
@@ -50,4 +51,4 @@ def test_the_line_of_a_run_states_a_bound() -> None:
         {"phase": "training", "step": 1, "steps": 2, "loss": 0.5, "epsilon": 0.00412,
          "examples_per_second": 1.0}
     )  # fmt: skip
-    assert "ε ≤ 0.00412" in shown
+    assert "ε ≤ 0.00413" in shown  # the float is above 0.00412

@@ -233,7 +233,7 @@ def test_runs_must_be_new_and_known(ledger: Ledger) -> None:
     with pytest.raises(LedgerError, match="JSON"):
         ledger.open_run("c", "clicks", StepCosts.constant(EVENT, 10), {"x": math.nan})
     for first, steps in ((-1, 1), (0, 0), (0, -5)):
-        with pytest.raises(LedgerError, match="cannot reserve|give a whole number"):
+        with pytest.raises(LedgerError, match=r"cannot reserve|give a whole number"):
             ledger.reserve("a", first, steps)
     ledger.close_run("a", "finished")
     with pytest.raises(LedgerError, match="closed"):

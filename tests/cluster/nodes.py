@@ -14,6 +14,7 @@ from typing import Any
 
 import pytest
 
+from dist_dp.cluster import local_nodes
 from dist_dp.cluster.local_nodes import LocalCluster, read_state
 from dist_dp.cluster.processes import Process
 from tests.cluster.small import ROOT, run
@@ -41,6 +42,12 @@ def up(nodes: int) -> LocalCluster:
     state = read_state()
     assert result.exit_code == 0 and state is not None, result.output
     return state
+
+
+def join(cluster: LocalCluster) -> LocalCluster:
+    """One more node; the command line starts all of them at once."""
+    count = len(cluster.nodes)
+    return local_nodes._start_node(cluster, count, count + 1)
 
 
 def workers_on(node: Process) -> list[int]:

@@ -14,7 +14,16 @@ from dist_dp.cluster.run_folder import read_summary
 from dist_dp.cluster.trainer import Trainer
 from dist_dp.ledger import Ledger
 from dist_dp.released import Release
-from tests.cluster.nodes import cluster_of, last_step, send, up, wait_for, workers_on
+from tests.cluster.nodes import (
+    cluster_of,
+    join,
+    last_step,
+    send,
+    up,
+    wait_for,
+    workers_of,
+    workers_on,
+)
 from tests.cluster.small import charged_steps, run, small, start, write_config
 from tests.cluster.test_faults import same_model
 
@@ -24,7 +33,7 @@ STEPS = 200
 ADDRESS = {"address": "auto", "placement": "spread"}
 
 
-def values_of(folder: Path, clicks: Path, **cluster: Any) -> dict[str, Any]:
+def values_of(folder: Path, clicks: Path, *, steps: int = STEPS, **cluster: Any) -> dict[str, Any]:
     folder.mkdir(exist_ok=True)
     return small(
         folder,
@@ -38,7 +47,7 @@ def values_of(folder: Path, clicks: Path, **cluster: Any) -> dict[str, Any]:
             "delta": 1e-5,
             "dataset_budget": {"epsilon": 100.0, "delta": 1e-5},
         },
-        train={"steps": STEPS, "checkpoint_every": 10, "lease_steps": 5},
+        train={"steps": steps, "checkpoint_every": 10, "lease_steps": 5},
         cluster=cluster,
         output={"name": "run", "tensorboard": False},
     )
@@ -103,6 +112,31 @@ def test_a_lost_node_leaves_one_worker(undisturbed: Path, tmp_path: Path, clicks
     # Noise of one step is 0.5 x 1.0 / 128 = 4e-3 in every coordinate: a step that was left out,
     # taken twice or drawn anew would be seen. Rounding of float32 sums stays far below.
     assert furthest(tmp_path, undisturbed) < 1e-4
+
+
+@pytest.mark.timeout(1200)
+def test_room_for_one_more_is_used(tmp_path: Path, clicks: Path) -> None:
+    """A node joins a run that had room for one worker only: it goes on with two, none left out."""
+    steps = 6_000
+    values = values_of(tmp_path, clicks, steps=steps, num_workers=2, min_workers=1, **ADDRESS)
+    with cluster_of(1, tmp_path / "state") as cluster:
+        process = start("train", "-c", write_config(tmp_path, values), folder=tmp_path)
+        folder = tmp_path / "runs" / "run"
+        wait_for(lambda: last_step(folder) >= 15, process, 300)
+        assert len(workers_of(cluster)) == 1
+        cluster = join(cluster)
+        began = time.monotonic()
+        wait_for(lambda: len(workers_on(cluster.nodes[1])) == 1, process, 300)
+        print(f"\na second worker came after {time.monotonic() - began:.0f} s, ", end="")
+        grown_at = last_step(folder)
+        wait_for(lambda: last_step(folder) > grown_at + 5, process, 300)
+        assert process.wait(timeout=800) == 0, (tmp_path / "err.txt").read_text()
+    summary = read_summary(folder)
+    assert summary["world_size"] == 2 and summary["status"] == "completed"
+    assert summary["steps"] == steps
+    print(f"{charged(tmp_path)} steps charged for {steps}")
+    assert steps <= charged(tmp_path) <= steps + 10 + 5
+    assert Ledger(tmp_path / "ledger.sqlite").run_status("run") == "completed"
 
 
 @pytest.mark.timeout(1200)

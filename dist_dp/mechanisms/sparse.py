@@ -189,7 +189,7 @@ class SparseNoise(Mechanism):
         thresholds = self._settings.thresholds(sigma, self._eligible(cuts))
         deviation = self._settings.selection_multiplier(sigma) * self._settings.contribution_norm
         for cut, lookups in zip(cuts, maps, strict=True):
-            touched = _counted(cut, lookups)
+            touched = counted(cut, lookups)
             for shard in cut.shards:
                 rows, counts = touched[id(shard)]
                 self._survivors[id(shard)] = self._chosen(
@@ -322,7 +322,7 @@ def _rounded_up(value: float) -> float:
     return float(nearest if nearest >= value else np.nextafter(nearest, np.float32(np.inf)))
 
 
-def _counted(cut: CutEmbeddings, lookups: Sequence[Any]) -> dict[int, tuple[Tensor, Tensor]]:
+def counted(cut: CutEmbeddings, lookups: Sequence[Any]) -> dict[int, tuple[Tensor, Tensor]]:
     """Touched local rows of each shard, ascending, and their counts, float64; a collective."""
     parts: dict[int, list[tuple[Tensor, Tensor]]] = {id(s): [] for s in cut.shards}
     for features in lookups:

@@ -19,6 +19,7 @@ _PHASES: dict[str, tuple[str, bool]] = {
     "communication": ("between workers", False),
     "settle": ("settle rows before the lookup", True),
     "clip": ("norms and clipping", True),
+    "select": ("choose the rows", True),
     "noise": ("noise drawn each step", True),
     "ledger": ("charge the ledger", True),
 }

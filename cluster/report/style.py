@@ -8,7 +8,7 @@ STYLE = """
 --stop:#1b4f9c;--stop-bg:#e0ebfc;
 --p-data:#56637a;--p-forward:#1d5fd1;--p-backward:#5b92ea;--p-update:#0d7a70;
 --p-communication:#2f9c8f;--p-settle:#a63d00;--p-clip:#d26c0e;--p-noise:#c2185b;
---p-ledger:#8e4ec6;--p-other:#8a95a5}
+--p-select:#7a5c00;--p-ledger:#8e4ec6;--p-other:#8a95a5}
 @media (prefers-color-scheme:dark){:root{
 --bg:#0e131a;--card:#171e28;--text:#e7ecf3;--soft:#a0adbe;--rule:#2c3744;--grid:#242e3a;
 --blue:#74abff;--blue-soft:#74abff2e;--faint:#41618f;--orange:#f5a556;--teal:#46c7b6;
@@ -16,7 +16,7 @@ STYLE = """
 --stop:#9cc3ff;--stop-bg:#162c4c;
 --p-data:#a3b0c2;--p-forward:#4f8ff5;--p-backward:#93bcfb;--p-update:#23a596;
 --p-communication:#7fdccf;--p-settle:#d9692b;--p-clip:#f7b267;--p-noise:#f0679b;
---p-ledger:#b98aea;--p-other:#697585}}
+--p-select:#d8bf6a;--p-ledger:#b98aea;--p-other:#697585}}
 *{box-sizing:border-box}
 html{-webkit-text-size-adjust:100%;text-size-adjust:100%;scroll-behavior:smooth}
 body{margin:0;background:var(--bg);color:var(--text);
@@ -127,6 +127,7 @@ STYLE_PHASES = "".join(
         "communication",
         "settle",
         "clip",
+        "select",
         "noise",
         "ledger",
         "other",

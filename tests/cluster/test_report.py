@@ -28,6 +28,7 @@ from dist_dp.cluster.report.series import (
     smooth,
     smoothing_window,
 )
+from dist_dp.cluster.report.style import STYLE_PHASES
 from dist_dp.cluster.report.text import DASH, count, milliseconds, show, size
 from dist_dp.errors import DataError
 
@@ -460,7 +461,9 @@ def test_settling_is_taken_out_of_the_forward_pass_and_the_rest_is_other() -> No
     columns = {name: np.full(3, np.nan) for name in STEP_COLUMNS}
     columns["forward_ms"] = np.array([9.0, 10.0, 50.0])
     columns["settle_ms"] = np.array([1.0, 1.0, 1.0])
-    assert median_phases(columns, {}) == {"forward": 9.0, "settle": 1.0}
+    columns["select_ms"] = np.array([2.0, 3.0, 4.0])
+    assert median_phases(columns, {}) == {"forward": 9.0, "settle": 1.0, "select": 3.0}
+    assert ".phase.p-select{" in STYLE_PHASES
 
 
 def test_the_bar_is_as_wide_as_its_phases() -> None:

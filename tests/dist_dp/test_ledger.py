@@ -417,20 +417,22 @@ def _take_until_refused(path: Path, run_id: str) -> int:
             return total
 
 
-def _process(path: Path, run_id: str) -> None:
-    _take_until_refused(path, run_id)
+def _jobs(path: Path, run_ids: str) -> list[int]:
+    """One job a thread."""
+    with ThreadPoolExecutor(len(run_ids)) as pool:
+        return list(pool.map(_take_until_refused, [path] * len(run_ids), run_ids))
 
 
-def test_processes_and_threads_cannot_overspend_together(ledger: Ledger) -> None:
+def test_eight_jobs_cannot_overspend_together(ledger: Ledger) -> None:
+    """Four in another process, four here."""
     budget = (epsilon_for(100) + epsilon_for(101)) / 2
     register(ledger, budget)
-    for run_id in ("a", "b", "c"):
+    for run_id in "abcdefgh":
         ledger.open_run(run_id, "clicks", StepCosts.constant(EVENT, 100))
     context = multiprocessing.get_context("spawn")
-    child = context.Process(target=_process, args=(ledger.path, "a"))
+    child = context.Process(target=_jobs, args=(ledger.path, "abcd"))
     child.start()
-    with ThreadPoolExecutor(2) as pool:
-        taken = list(pool.map(_take_until_refused, [ledger.path] * 2, ["b", "c"]))
+    taken = _jobs(ledger.path, "efgh")
     child.join()
     assert child.exitcode == 0
     assert ledger.spent("clicks").steps_by_event == {EVENT: 100}

@@ -78,7 +78,7 @@ demo: setup  ## train a private model on two local Ray workers, on generated dat
 
 # Two processes: one for all tests on Ray, which wait a lot, one for the others (tests/conftest.py).
 test: setup  ## run the whole test-suite
-	@$(BIN)/pytest -n 2 --dist loadgroup -m '$(DESELECT)' $(PYTEST_ARGS)
+	@$(BIN)/pytest -n 2 --dist loadscope -m '$(DESELECT)' $(PYTEST_ARGS)
 
 chaos: setup  ## kill workers at every moment, and at random: half an hour
 	@$(BIN)/pytest -s -m 'chaos' $(PYTEST_ARGS)

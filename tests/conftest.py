@@ -5,8 +5,10 @@ from __future__ import annotations
 import os
 from collections.abc import Iterator
 from pathlib import Path
+from typing import Any
 
 import pytest
+from xdist.scheduler import LoadScopeScheduling
 
 from tests.postgres_server import PostgresServer, running_server, why_no_server
 
@@ -22,6 +24,7 @@ for _name, _value in {
     os.environ.setdefault(_name, _value)
 
 REAL_DATA = "DIST_DP_REAL_DATA"
+RAY_TESTS = "tests/cluster/"
 
 
 def _no_real_data() -> str | None:
@@ -42,17 +45,26 @@ def _no_gpu() -> str | None:
 
 
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
-    for item in items:
-        # Where tests run in several processes: one Ray for all of them, and a file in one piece.
-        file = item.path.relative_to(item.config.rootpath)
-        name = "cluster" if file.parts[:2] == ("tests", "cluster") else file.as_posix()
-        item.add_marker(pytest.mark.xdist_group(name))
     for marker, why_not in (("real_data", _no_real_data), ("gpu", _no_gpu)):
         marked = [item for item in items if item.get_closest_marker(marker)]
         reason = why_not() if marked else None
         if reason:
             for item in marked:
                 item.add_marker(pytest.mark.skip(reason=reason))
+
+
+class _Pieces(LoadScopeScheduling):
+    """Where tests run in several processes: one Ray for all of them, and a file in one piece."""
+
+    def _split_scope(self, nodeid: str) -> str:
+        file = nodeid.partition("::")[0]
+        return RAY_TESTS if file.startswith(RAY_TESTS) else file
+
+
+@pytest.hookimpl(optionalhook=True)
+def pytest_xdist_make_scheduler(config: pytest.Config, log: Any) -> LoadScopeScheduling:
+    # Not --dist loadgroup: xdist 3.8 renames tests for its groups, which pytest 9.2 ignores.
+    return _Pieces(config, log)
 
 
 @pytest.fixture(scope="session")

@@ -61,17 +61,17 @@ def read_kept_rows(folder: Path) -> dict[str, NDArray[np.int64]]:
     return {str(name): rows[names == name] for name in dict.fromkeys(names)}
 
 
-def rows_changed(before: Path, after: Path) -> tuple[int, int | None]:
+def rows_changed(before: Path | None, after: Path) -> tuple[int, int | None]:
     """How many rows a run keeps, and how many of them an earlier run did not.
 
     Args:
-        before: Folder of the earlier run.
+        before: Folder of the earlier run, if there is one.
         after: Folder of the run.
 
     Returns:
         The second is None where the earlier run chose no rows.
     """
-    old, new = read_kept_rows(before), read_kept_rows(after)
+    new, old = read_kept_rows(after), {} if before is None else read_kept_rows(before)
     count = sum(len(rows) for rows in new.values())
     if not old:
         return count, None

@@ -73,7 +73,8 @@ def evaluate(
 
     Args:
         model: The model.
-        dataset: A :class:`dist_dp.datasets.ClickDataset`, or a list of several, as if they were one.
+        dataset: A :class:`dist_dp.datasets.ClickDataset`, or a list of several as if they were
+            one.
         batch_size: Examples at a time, over all ranks.
         device: Where the model is.
 

@@ -126,6 +126,9 @@ def _check_factory(run: Path, release: Release, config: ModelConfig) -> None:
 
 def _check_sizes(release: Release, config: ModelConfig, schema: DataSchema) -> None:
     """The model has the shapes of the release's files, before any memory is taken for it."""
+    # Before the meta device: what torchrec computes when it is first imported, it must compute.
+    import torchrec  # noqa: F401
+
     from dist_dp.cluster.models import build_model
 
     dense = release.dense()

@@ -69,9 +69,7 @@ class Stream:
                 "stream.periods is missing: give the periods in order of time (--period FILE …)"
             )
         if config.data.path is not None:
-            raise ConfigError(
-                "data.path: a stream reads stream.periods; remove it (as null)"
-            )
+            raise ConfigError("data.path: a stream reads stream.periods; remove it (as null)")
         self.config, self._fit, self._say, self._verbose = config, fit, say, verbose
         self.name = config.output.name or safe_name(config.data.name or "stream")
         self.dataset = config.data.name or self.name

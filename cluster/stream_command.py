@@ -58,16 +58,12 @@ def stream(
         return watched_fit(run, changes, verbose=verbose)
 
     says = Console(stderr=True)
-    made = Stream(
-        resolved, fit, say=lambda text: says.print(text, markup=False), verbose=verbose
-    )
+    made = Stream(resolved, fit, say=lambda text: says.print(text, markup=False), verbose=verbose)
     results = made.run()
     print_stream(results, guarantee_of(results), made.folder)
 
 
-def print_stream(
-    results: Sequence[Mapping[str, Any]], guarantee: str, folder: Path
-) -> None:
+def print_stream(results: Sequence[Mapping[str, Any]], guarantee: str, folder: Path) -> None:
     """Prints a line for each period, and what holds for all of them.
 
     Args:

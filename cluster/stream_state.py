@@ -84,9 +84,7 @@ class StreamState:
         names = [period.name for period in periods]
         known = [entry["name"] for entry in self.periods]
         if names[: len(known)] != known:
-            place = next(
-                i for i, old in enumerate(known) if i >= len(names) or names[i] != old
-            )
+            place = next(i for i, old in enumerate(known) if i >= len(names) or names[i] != old)
             now = f"'{names[place]}'" if place < len(names) else "nothing"
             raise ConfigError(
                 f"stream.periods: the stream in '{self.path.parent}' has '{known[place]}' as "

@@ -44,13 +44,9 @@ def calibrate_together(plans: Sequence[PrivacyPlan], epsilon: float, delta: floa
         return _events([with_noise(plan, sigma) for plan in plans])
 
     factors = [with_noise(plan, 1.0).noise_multiplier_range()[0] for plan in plans]
-    setup = sum_of(
-        *({e: 1} for plan in plans for e in with_noise(plan, 1.0).step_costs().setup)
-    )
+    setup = sum_of(*({e: 1} for plan in plans for e in with_noise(plan, 1.0).step_costs().setup))
     what = f"by {len(plans)} runs of {sum(plan.steps for plan in plans)} steps together"
-    return smallest_noise(
-        events_at, epsilon, delta, plans[0].accountant, min(factors), setup, what
-    )
+    return smallest_noise(events_at, epsilon, delta, plans[0].accountant, min(factors), setup, what)
 
 
 def with_noise(plan: PrivacyPlan, noise_multiplier: float) -> PrivacyPlan:

@@ -161,9 +161,7 @@ def dense_tensors(parts: PrivateModel) -> dict[str, Tensor]:
         for path, module in parts.model.named_modules()
         for name in module._non_persistent_buffers_set
     }
-    return {
-        n: t.detach() for n, t in named if not n.startswith(prefixes) and n not in passing
-    }
+    return {n: t.detach() for n, t in named if not n.startswith(prefixes) and n not in passing}
 
 
 def _dense_state(parts: PrivateModel) -> dict[str, Tensor]:
@@ -225,9 +223,7 @@ def privacy_statement(engine: PrivacyEngine, charged: Mapping[PrivacyEvent, int]
 
     With what the release that the run was started from adds.
     """
-    return _own_statement(engine, charged) + origins_statement(
-        engine.started_from, engine.dataset
-    )
+    return _own_statement(engine, charged) + origins_statement(engine.started_from, engine.dataset)
 
 
 def _own_statement(engine: PrivacyEngine, charged: Mapping[PrivacyEvent, int] | None) -> str:

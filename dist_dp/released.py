@@ -182,7 +182,9 @@ class Release:
             raise ReleaseError(f"table '{table}' in '{self.folder}' is incomplete or holds NaN")
 
     def pieces(self, table: str) -> Iterator[tuple[Tensor, int, Tensor]]:
-        """A table in pieces: global rows int64 ``[n]``, first column, values float32 ``[n, columns]``, mapped.
+        """A table in pieces, mapped.
+
+        Each is global rows int64 ``[n]``, first column, values float32 ``[n, columns]``.
 
         Raises:
             ReleaseError: A file is damaged, or holds rows or columns that the table has not.

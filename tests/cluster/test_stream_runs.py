@@ -65,6 +65,7 @@ def values_of(home: Path) -> dict[str, Any]:
         privacy=FEST,
         # Dense layers learn nothing then: what is released is what the run started with.
         train={"steps": 4, "dense_learning_rate": 1e-38, "table_optimizer": "adagrad"},
+        cluster={"num_workers": 1},
         output={"name": "week", "tensorboard": False},
         stream={"periods": str(days / "*.tsv")},
     )

@@ -41,7 +41,6 @@ def test_a_row_put_elsewhere_is_seen(
 ) -> None:
     """The comparison above fails for a loader that is wrong by one row."""
 
-
     class Moved(Release):
         def pieces(self, table: str) -> Any:
             last = self.manifest["tables"][table]["rows"]

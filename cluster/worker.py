@@ -350,6 +350,8 @@ def settings_to_keep(config: dict[str, Any]) -> dict[str, Any]:
         section, _, name = key.partition(".")
         if section in kept:
             kept[section].pop(name, None)
+    if kept["train"].get("start_from") is None:  # as before there was one: older runs go on
+        kept["train"].pop("start_from", None)
     return kept
 
 

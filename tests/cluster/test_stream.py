@@ -381,7 +381,9 @@ def test_users_are_counted_in_every_period_before_the_first(tmp_path: Path) -> N
             "name": "people", "format": "parquet", "user": "user", "columns": columns,
             "split": {"train": 1.0},
         },
-        "privacy": {"unit": "user", "max_records_per_user": 4, "epsilon": 4.0},
+        "privacy": {
+            "unit": "user", "max_records_per_user": 4, "epsilon": 4.0, "accountant": "rdp",
+        },
         "train": {"steps": 5, "expected_batch_size": 20},
         "stream": {"periods": str(tmp_path / "days" / "*.parquet")},
     }  # fmt: skip

@@ -112,7 +112,7 @@ class Stream:
                 changes = {"cluster": config.cluster.model_dump(mode="json")}
                 done, _ = self._fit(folder, changes)
             else:
-                _check_not_begun(folder, period)
+                _check_not_begun(folder, period, entry)
                 self._check_new_records(state, number, config)
                 done, _ = self._fit(config, {})
             stopped = done["status"] == "interrupted"
@@ -244,7 +244,12 @@ def is_finished(folder: Path) -> bool:
     return released and summed_up and not has_checkpoint(checkpoint_folder(folder))
 
 
-def _check_not_begun(folder: Path, period: Period) -> None:
+def _check_not_begun(folder: Path, period: Period, entry: Mapping[str, Any]) -> None:
+    if "run" in entry and not folder.exists():
+        raise ConfigError(
+            f"period '{period.name}' was trained, but its run '{folder}' is gone; it is not "
+            "trained again: put the folder back, or begin another stream (output.name, data.name)"
+        )
     if (folder / MARK).exists():
         raise ConfigError(
             f"period '{period.name}' was begun in '{folder}' and has no checkpoint to go on from; "

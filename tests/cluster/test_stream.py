@@ -16,6 +16,7 @@ from dp_accounting.pld import PLDAccountant
 
 from dist_dp.cluster import stream as stream_module
 from dist_dp.cluster.config import RunConfig, parse_config
+from dist_dp.cluster.job import make_plan
 from dist_dp.cluster.kept_rows import read_kept_rows, rows_changed, write_kept_rows
 from dist_dp.cluster.run_folder import write_config as mark_run
 from dist_dp.cluster.run_folder import write_summary
@@ -253,6 +254,15 @@ def test_a_period_that_cannot_go_on_is_not_begun_again(home: Path) -> None:
     assert fit.calls == []
 
 
+def test_a_trained_period_whose_run_is_gone_is_not_trained_again(home: Path) -> None:
+    fit = Pretended()
+    Stream(config_in(home), fit).run()
+    shutil.rmtree(home / "runs" / "week" / "week-day_2")
+    with pytest.raises(ConfigError, match=r"'day_2' was trained, but its run .* is gone"):
+        Stream(config_in(home), fit).run()
+    assert len(fit.calls) == 3
+
+
 def test_other_periods_settings_and_records_are_refused(home: Path) -> None:
     def refused(match: str, **sections: dict[str, Any]) -> None:
         fit = Pretended()
@@ -352,6 +362,10 @@ def test_a_stream_for_users_shares_one_budget(home: Path) -> None:
     made = config_of(config, "week", "people", periods[0], home, **privacy)
     assert made.privacy.epsilon is None
     assert made.privacy.noise_multiplier == share.noise_multiplier
+    # What the runs themselves will plan and charge.
+    runs = [config_of(config, "week", "people", p, home, **privacy) for p in periods]
+    plans = [make_plan(r, n, {"C1": 300}) for r, n in zip(runs, units, strict=True)]
+    assert joint_epsilon(plans, share.delta) == pytest.approx(share.epsilon, rel=1e-12)
     # Private choices of rows are part of it.
     chosen = config.privacy.model_copy(update={"mechanism": "fest", "sparse": _choosing(1.0)})
     fest = config.model_copy(update={"privacy": chosen})

@@ -41,7 +41,7 @@ class StreamState:
 
     def __init__(self, folder: Path, config: RunConfig, name: str) -> None:
         self.path = folder / STATE_FILE
-        self._settings = json.loads(json.dumps(_settings(config)))
+        self._settings = _settings(config)
         self._name = name
         self.periods: list[dict[str, Any]] = []
         self.share: Share | None = None

@@ -12,6 +12,7 @@ from dist_dp.cluster.bench.commands import bench_app
 from dist_dp.cluster.data_commands import convert, generate
 from dist_dp.cluster.node_commands import cluster_app
 from dist_dp.cluster.readable_errors import readable_errors
+from dist_dp.cluster.stream_command import stream
 
 app = typer.Typer(
     help="Private training of recommenders with sharded embedding tables.",
@@ -25,6 +26,7 @@ app.add_typer(bench_app, name="bench", no_args_is_help=True)
 app.add_typer(cluster_app, name="cluster", no_args_is_help=True)
 app.command("convert")(convert)
 app.command("generate")(generate)
+app.command("stream")(stream)
 
 ConfigOption = Annotated[
     Path | None, typer.Option("--config", "-c", help="YAML file; see examples/.")

@@ -293,6 +293,8 @@ class TrainConfig(_Section):
             and with noise on few rows (``adafest``, …) those and ``adam``.
         dense_optimizer: ``sgd``, ``adagrad`` or ``adam``.
         weight_decay: Of tables and dense layers.
+        start_from: A run folder or a released model whose weights the run starts with, in place of
+            random ones: same tables, layers and sizes. Optimizers start with no state.
         momentum: Of ``sgd``, for the tables and, if they use it too, the dense layers (PyTorch's,
             no dampening, not Nesterov). It keeps 4 bytes more for each number of a table.
         evaluate_every: Steps between evaluations on the valid split; 0 for none.
@@ -316,6 +318,7 @@ class TrainConfig(_Section):
     dense_optimizer: Literal["sgd", "adagrad", "adam"] = "sgd"
     weight_decay: Annotated[float, Field(ge=0)] = 0.0
     momentum: Annotated[float, Field(ge=0, lt=1)] = 0.0
+    start_from: str | None = None
     evaluate_every: Annotated[int, Field(ge=0)] = 0
     log_every: Annotated[int, Field(ge=1)] = 1
     lease_steps: Annotated[int, Field(ge=1)] = 50
@@ -413,6 +416,17 @@ class OutputConfig(_Section):
     live_metrics: Literal["none", "ledger", "all"] = "ledger"
 
 
+class StreamConfig(_Section):
+    """A stream of runs, one for each period; see :mod:`dist_dp.cluster.stream`.
+
+    Attributes:
+        periods: The sources of the periods (as ``data.path``), oldest first; or one pattern
+            (``logs/day_*``), whose files are taken in natural order: day_2 before day_10.
+    """
+
+    periods: str | tuple[str, ...]
+
+
 class RunConfig(_Section):
     """Everything about a run."""
 
@@ -423,6 +437,7 @@ class RunConfig(_Section):
     train: TrainConfig
     cluster: ClusterConfig = ClusterConfig()
     output: OutputConfig = OutputConfig()
+    stream: StreamConfig | None = None
 
     @model_validator(mode="after")
     def _check(self) -> RunConfig:

@@ -64,7 +64,7 @@ def _slices(dataset: Any, batch_size: int) -> Iterator[Any]:
 
 @torch.no_grad()
 def evaluate(
-    model: nn.Module, dataset: Any, *, batch_size: int, device: torch.device
+    model: nn.Module, dataset: Any | list[Any], *, batch_size: int, device: torch.device
 ) -> dict[str, float]:
     """Evaluates a model on a data set; in training every rank calls it.
 
@@ -73,7 +73,8 @@ def evaluate(
 
     Args:
         model: The model.
-        dataset: A :class:`dist_dp.datasets.ClickDataset`.
+        dataset: A :class:`dist_dp.datasets.ClickDataset`, or a list of several as if they were
+            one.
         batch_size: Examples at a time, over all ranks.
         device: Where the model is.
 
@@ -84,7 +85,8 @@ def evaluate(
     model.eval()
     logits: list[Tensor] = []
     labels: list[Tensor] = []
-    for batch in _slices(dataset, batch_size):
+    parts = dataset if isinstance(dataset, list) else [dataset]
+    for batch in (batch for part in parts for batch in _slices(part, batch_size)):
         batch = batch.to(device)
         values = logits_of(model, batch).float()
         logits.append(values[batch.is_real])

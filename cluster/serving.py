@@ -29,14 +29,21 @@ _COUNTS = ("examples", "skipped_rows")
 
 @contextmanager
 def _records(
-    schema: DataSchema, data: str, skip_bad_rows: bool, format_name: str
+    schema: DataSchema, data: str, skip_bad_rows: bool, format_name: str, whole: bool = False
 ) -> Iterator[tuple[Any, int]]:
-    """Records in the training format, or a store's held-out split; and bad rows left out."""
+    """Records in the training format, or a store's held-out split; and bad rows left out.
+
+    With ``whole`` all splits of a store, in a list.
+    """
     from dist_dp.datasets.convert import convert
     from dist_dp.datasets.store import ArrowStore
 
     if (Path(data) / "manifest.json").is_file():
         store = ArrowStore.open(data, verify=True, schema=schema)
+        if whole:
+            filled = [store.split(name) for name, of in store.manifest.splits.items() if of.rows]
+            yield filled, sum(store.manifest.skipped_rows.values())
+            return
         held_out = [name for name in ("test", "valid", "all") if name in store.split_names()]
         if not held_out:
             raise DataError(f"'{data}' has no test or valid split to evaluate on; give records")
@@ -119,6 +126,9 @@ def _check_factory(run: Path, release: Release, config: ModelConfig) -> None:
 
 def _check_sizes(release: Release, config: ModelConfig, schema: DataSchema) -> None:
     """The model has the shapes of the release's files, before any memory is taken for it."""
+    # Before the meta device: what torchrec computes when it is first imported, it must compute.
+    import torchrec  # noqa: F401
+
     from dist_dp.cluster.models import build_model
 
     dense = release.dense()
@@ -158,13 +168,25 @@ def evaluate_release(
     skip_bad_rows: bool = False,
     format_name: str = "auto",
     verbose: bool = False,
+    whole: bool = False,
 ) -> dict[str, float]:
-    """Evaluates a released model on records; see :func:`dist_dp.cluster.evaluation.metrics_of`."""
+    """Evaluates a released model on records; see :func:`dist_dp.cluster.evaluation.metrics_of`.
+
+    Args:
+        run: Run folder, or a released model.
+        data: Records in the training format, or a converted store.
+        batch_size: Examples at a time.
+        skip_bad_rows: Leave bad rows out and count them.
+        format_name: Format of the records.
+        verbose: Let libraries log.
+        whole: Take every record of a store, not its held-out split: for one that the model has
+            seen nothing of.
+    """
     quiet.apply(verbose)
     from dist_dp.cluster.evaluation import evaluate
 
     model, schema = load_model(run)
-    with _records(schema, data, skip_bad_rows, format_name) as (dataset, skipped):
+    with _records(schema, data, skip_bad_rows, format_name, whole) as (dataset, skipped):
         metrics = evaluate(model, dataset, batch_size=batch_size, device=torch.device("cpu"))
     return {**metrics, "skipped_rows": float(skipped)} if skipped else metrics
 

@@ -183,6 +183,7 @@ def make_summary(run: Run, metrics: dict[str, float], split: str | None) -> dict
         "neighbouring_relation": plan.neighbouring_relation,
         "accountant": plan.accountant,
         "dataset": run.job.dataset,
+        "started_from": run.engine.started_from,
         "skipped_rows": dict(run.store.manifest.skipped_rows),
     }
     if rank() == 0 and plan.is_private:

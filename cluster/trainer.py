@@ -31,6 +31,7 @@ from dist_dp.cluster.run_folder import (
     check_run_name_is_free,
     create_run_folder,
     read_summary,
+    release_of,
     write_config,
     write_summary,
 )
@@ -118,8 +119,14 @@ class Trainer:
         from dist_dp.checkpoint import read_checkpoint_info
 
         output = self.config.output
+        if self.config.stream is not None:
+            raise ConfigError(
+                "stream: is set, and this is one run; train all periods with dist-dp stream, or "
+                "take the section out"
+            )
         if self.resume is None:
             check_run_name_is_free(Path(output.folder), output.name)
+            self.config = _with_start(self.config)
         else:
             held.enter_context(driving(self.resume))
             read_checkpoint_info(checkpoint_folder(self.resume))  # whoever was here may have ended
@@ -266,6 +273,18 @@ class Trainer:
             watcher.join(timeout=5)
             with contextlib.suppress(ray.exceptions.RayError):
                 ray.kill(monitor)
+
+
+def _with_start(config: RunConfig) -> RunConfig:
+    """With the release to start from as every node finds it; says early if there is none."""
+    from dist_dp.released import Release
+
+    if config.train.start_from is None:
+        return config
+    folder = release_of(config.train.start_from).resolve()
+    Release.open(folder, verify=False)  # the workers compare its hashes
+    train = config.train.model_copy(update={"start_from": str(folder)})
+    return config.model_copy(update={"train": train})
 
 
 def _check_account_is_free(accountant: Any, name: str | None) -> None:

@@ -18,6 +18,7 @@ from dist_dp.cluster.config import CHANGEABLE, RunConfig, TrainConfig
 from dist_dp.cluster.faults import ended_for_good
 from dist_dp.cluster.finish import checkpoint_folder, finish, finished_before, trail_file
 from dist_dp.cluster.job import Job
+from dist_dp.cluster.kept_rows import write_kept_rows
 from dist_dp.distributed import all_gather_cat, all_reduce_max, broadcast_object, rank
 from dist_dp.fence import Fence, FencedAccountant
 from dist_dp.mechanisms.sparse import SparseNoise
@@ -105,6 +106,7 @@ class Run:
             run_id=job.run_name,
             secret=None if seed is None else fixed_secret(seed),
             resume_from=self.checkpoint if self.goes_on else None,
+            start_from=config.train.start_from,
             trail=trail_file(self.folder) if config.train.checkpoint_every else None,
             fence=fence,
             owner=job.owner,
@@ -128,6 +130,9 @@ class Run:
             stop_at_budget=privacy.stop_at_budget,
             look_ahead=config.train.look_ahead,
         )
+        mechanism = self.engine.parts.mechanism
+        if rank() == 0 and isinstance(mechanism, SparseNoise) and mechanism.kept:
+            write_kept_rows(self.folder, mechanism.kept)
         self.checkpoints: CheckpointWriter | None = None
         if config.train.checkpoint_every:
             background = config.train.checkpoint_mode == "async"
@@ -345,6 +350,8 @@ def settings_to_keep(config: dict[str, Any]) -> dict[str, Any]:
         section, _, name = key.partition(".")
         if section in kept:
             kept[section].pop(name, None)
+    if kept["train"].get("start_from") is None:  # as before there was one: older runs go on
+        kept["train"].pop("start_from", None)
     return kept
 
 

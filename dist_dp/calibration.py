@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 
 from dist_dp.accounting import (
     AccountantKind,
@@ -55,8 +55,6 @@ def calibrate_noise_multiplier(
         ConfigError: an argument is out of its range, ``also`` leaves nothing of the target, or no
             noise multiplier below 131072 suffices.
     """
-    from scipy.optimize import brentq
-
     if not (math.isfinite(target_epsilon) and target_epsilon > 0):
         raise ConfigError(f"epsilon is {target_epsilon}: give a finite number above 0")
     check_delta(target_delta)
@@ -66,34 +64,71 @@ def calibrate_noise_multiplier(
     parts = {1.0: steps} if factors is None else dict(factors)
     if sum(parts.values()) != steps:
         raise ConfigError(f"factors of {sum(parts.values())} steps given: give those of {steps}")
-    goal = target_epsilon * (1 - _EPSILON_MARGIN)
 
-    others = dict(also or {})
-    if others and (spent := epsilon_of(others, target_delta, accountant=accountant)) >= goal:
+    def events_at(sigma: float) -> dict[PrivacyEvent, int]:
+        events = dict(also or {})
+        for factor, count in parts.items():
+            event = GaussianEvent(sigma * factor, sample_rate)
+            events[event] = events.get(event, 0) + count
+        return events
+
+    what = f"in {steps} steps at sample rate {sample_rate}"
+    return smallest_noise(
+        events_at, target_epsilon, target_delta, accountant, min(parts), also or {}, what
+    )
+
+
+def smallest_noise(
+    events_at: Callable[[float], Mapping[PrivacyEvent, int]],
+    target_epsilon: float,
+    target_delta: float,
+    accountant: AccountantKind,
+    least_factor: float,
+    also: Mapping[PrivacyEvent, int],
+    what: str,
+) -> float:
+    """Return the smallest noise multiplier at which some events stay within a target.
+
+    Args:
+        events_at: the events at a noise multiplier; more noise, less ε.
+        target_epsilon: the ε that they may reach together.
+        target_delta: at which δ.
+        accountant: see `epsilon_of`.
+        least_factor: of the noise multiplier, in the event with the least noise.
+        also: those of the events that do not depend on it.
+        what: the steps, for a message.
+
+    Guarantee:
+        ``epsilon_of(events_at(result), target_delta)`` is at most ``target_epsilon``: see
+        `calibrate_noise_multiplier`.
+
+    Raises:
+        ConfigError: ``also`` leaves nothing of the target, or no noise multiplier suffices.
+    """
+    from scipy.optimize import brentq
+
+    goal = target_epsilon * (1 - _EPSILON_MARGIN)
+    if also and (spent := epsilon_of(also, target_delta, accountant=accountant)) >= goal:
         raise ConfigError(
             f"epsilon {target_epsilon} at delta {target_delta} leaves nothing for the steps: what "
             f"comes before them costs {spent:.4g}; raise epsilon, or lower choice_epsilon"
         )
 
     def excess(log_sigma: float) -> float:
-        events = dict(others)
-        for factor, count in parts.items():
-            event = GaussianEvent(math.exp(log_sigma) * factor, sample_rate)
-            events[event] = events.get(event, 0) + count
-        epsilon = epsilon_of(events, target_delta, accountant=accountant)
+        epsilon = epsilon_of(events_at(math.exp(log_sigma)), target_delta, accountant=accountant)
         # Nearly linear in these coordinates, so few steps; brentq needs finite values.
         return math.log(min(max(epsilon, 1e-12), 1e12) / goal)
 
     # From where the least noise of any step is near 1: with less, a composition takes long.
-    least = max(min(parts), _LEAST_FACTOR)
+    least = max(least_factor, _LEAST_FACTOR)
     high = -math.ceil(math.log2(least)) * math.log(2)
     low = high - math.log(2)
     while excess(high) > 0:
         low, high = high, high + math.log(2)
         if high > math.log(_LARGEST_SIGMA):
             raise ConfigError(
-                f"epsilon {target_epsilon} at delta {target_delta} cannot be reached in {steps} "
-                f"steps at sample rate {sample_rate}: raise epsilon or delta, or take fewer steps"
+                f"epsilon {target_epsilon} at delta {target_delta} cannot be reached {what}: raise "
+                "epsilon or delta, or take fewer steps"
             )
     while excess(low) <= 0:
         low, high = low - math.log(2), low

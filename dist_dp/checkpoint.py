@@ -255,6 +255,8 @@ def load_checkpoint(engine: PrivacyEngine, folder: Path) -> tuple[int, bool]:
         raise CheckpointError(f"cannot go on from '{folder}': {error}") from error
     finally:
         dist.destroy_process_group(group)
+    # The release may be gone or another by now: what counts is what the run began with.
+    engine.started_from = list(info.get("started_from", []))
     return int(info["numbers"]["step"]), bool(info["settled"])
 
 

@@ -45,6 +45,7 @@ def describe(engine: PrivacyEngine) -> dict[str, Any]:
         "settings": engine.settings,
         "run_id": engine.run_id,
         "dataset": engine.dataset,
+        "started_from": engine.started_from,
         "fixed_secret": engine.secret_is_given,
         "plan": parts.plan.model_dump(),
         "dense_optimizer": _kind_of_optimizer(parts),

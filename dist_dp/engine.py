@@ -57,6 +57,7 @@ from dist_dp.sampling import PoissonSampler
 from dist_dp.schedules import ScheduleConfig
 from dist_dp.sharding import ShardingKind, TableOptimizer
 from dist_dp.sparse_settings import SparseSettings
+from dist_dp.start_weights import load_start
 from dist_dp.timing import PhaseTimer
 from dist_dp.trail import StepTrail
 from dist_dp.user_records import UserRecords, users_of
@@ -86,6 +87,9 @@ class PrivacyEngine:
         resume_from: A training checkpoint of this run to go on from, or the folder that
             :func:`dist_dp.checkpoint.save_checkpoint` was given. Workers and sharding may be
             others than before.
+        start_from: A release whose weights the run starts with; see
+            :func:`dist_dp.start_weights.load_start`. A run that goes on from a checkpoint has the
+            checkpoint's, and needs the release no more.
         trail: File in which the run notes what each step looked like, beside its checkpoints, so
             that after a crash a replay that comes out the same is not charged again; see
             :mod:`dist_dp.trail`. Without it every replayed step is charged again.
@@ -115,6 +119,7 @@ class PrivacyEngine:
         ledger: str | Path | None = None,
         run_id: str | None = None,
         resume_from: str | Path | None = None,
+        start_from: str | Path | None = None,
         trail: str | Path | None = None,
         fence: Fence | None = None,
         owner: str | None = None,
@@ -132,6 +137,9 @@ class PrivacyEngine:
         self.settings = dict(settings or {})
         self.secret_is_given = secret is not None
         self.resume_from = Path(resume_from) if resume_from else None
+        self.start_from = Path(start_from) if start_from else None
+        # What the model depends on beside its own records; see dist_dp.origins.
+        self.started_from: list[dict[str, Any]] = []
         self.trail = Path(trail) if trail else None
         self.fence = fence
         place = str(self.trail.resolve()) if self.trail else ""
@@ -438,6 +446,8 @@ class PrivacyEngine:
         resumed_at = None
         if self.resume_from is not None:
             resumed_at = load_checkpoint(self, self.resume_from)
+        elif self.start_from is not None:
+            self.started_from = load_start(self._parts, self.start_from)
         restarted = self.trail is not None and broadcast_object(self.trail.exists())
         if self.trail is not None and rank() == 0 and not restarted:
             # Before the account: an attempt that dies in between is known for one that began.

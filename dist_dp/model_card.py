@@ -44,6 +44,7 @@ def model_card(privacy: dict[str, Any], name: str, facts: dict[str, Any]) -> str
             f"{privacy['steps_charged']} charged |",
             f"| accountant | {plan['accountant'].upper()} (dp_accounting) |",
             f"| data set in the ledger | {privacy['dataset']}, run {privacy['run_id']} |",
+            *_origin(privacy),
             "",
             "The guarantee does **not** cover:",
             "",
@@ -68,6 +69,17 @@ def model_card(privacy: dict[str, Any], name: str, facts: dict[str, Any]) -> str
 
 def _units(plan: dict[str, Any]) -> int:
     return int(plan["num_users"] if plan["unit"] == "user" else plan["num_records"])
+
+
+def _origin(privacy: dict[str, Any]) -> list[str]:
+    """The release that it was started from, if any; the statement says what that means."""
+    if not privacy.get("started_from"):
+        return []
+    last = privacy["started_from"][-1]
+    return [
+        f"| started from | the release of run {last['run_id']}, of data set {last['dataset']} "
+        f"(sha256 of release.json: {last['release_sha256']}) |"
+    ]
 
 
 def _users(plan: dict[str, Any]) -> list[str]:

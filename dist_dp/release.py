@@ -26,6 +26,7 @@ from dist_dp.distributed import all_gather_objects, all_together, rank
 from dist_dp.errors import ReleaseError
 from dist_dp.limits import parse_json
 from dist_dp.model_card import model_card
+from dist_dp.origins import origins_statement
 from dist_dp.release_files import FileFacts
 from dist_dp.release_progress import Report
 from dist_dp.release_tables import write_tables
@@ -151,7 +152,8 @@ def publish_recorded(destination: Path, accountant: Any, run_id: str) -> bool:
     return True
 
 
-def _dense_state(parts: PrivateModel) -> dict[str, Tensor]:
+def dense_tensors(parts: PrivateModel) -> dict[str, Tensor]:
+    """Everything outside the tables that a release holds, by name; live."""
     prefixes = tuple(f"{cut.path}." for cut in parts.cuts)
     named = [*parts.model.named_parameters(), *parts.model.named_buffers()]
     passing = {
@@ -159,11 +161,11 @@ def _dense_state(parts: PrivateModel) -> dict[str, Tensor]:
         for path, module in parts.model.named_modules()
         for name in module._non_persistent_buffers_set
     }
-    return {
-        n: t.detach().cpu().contiguous().clone()
-        for n, t in named
-        if not n.startswith(prefixes) and n not in passing
-    }
+    return {n: t.detach() for n, t in named if not n.startswith(prefixes) and n not in passing}
+
+
+def _dense_state(parts: PrivateModel) -> dict[str, Tensor]:
+    return {n: t.cpu().contiguous().clone() for n, t in dense_tensors(parts).items()}
 
 
 def _privacy(engine: PrivacyEngine) -> dict[str, Any]:
@@ -183,6 +185,7 @@ def _privacy(engine: PrivacyEngine) -> dict[str, Any]:
         "not_covered": list(plan.not_covered()),
         "dataset": engine.dataset,
         "run_id": engine.run_id,
+        "started_from": engine.started_from,
     }
 
 
@@ -216,7 +219,14 @@ def _manifest(
 
 
 def privacy_statement(engine: PrivacyEngine, charged: Mapping[PrivacyEvent, int] | None) -> str:
-    """The plan's statement for the steps charged, or what takes its place with a given secret."""
+    """The plan's statement for the steps charged, or what takes its place with a given secret.
+
+    With what the release that the run was started from adds.
+    """
+    return _own_statement(engine, charged) + origins_statement(engine.started_from, engine.dataset)
+
+
+def _own_statement(engine: PrivacyEngine, charged: Mapping[PrivacyEvent, int] | None) -> str:
     if engine.secret_is_given and engine.parts.plan.is_private:
         return (
             "This model is not private: its noise came from a fixed secret, which is for tests. "

@@ -171,7 +171,7 @@ class Release:
             ReleaseError: Rows are missing or there more than once, or a value is NaN.
         """
         filled = torch.zeros(target.shape[0], dtype=torch.int32)
-        for rows, column, values in self._pieces(table):
+        for rows, column, values in self.pieces(table):
             target[rows.to(target.device), column : column + values.shape[1]] = values.to(
                 device=target.device, dtype=target.dtype
             )
@@ -181,8 +181,10 @@ class Release:
         if bool((filled != target.shape[1]).any()):
             raise ReleaseError(f"table '{table}' in '{self.folder}' is incomplete or holds NaN")
 
-    def _pieces(self, table: str) -> Iterator[tuple[Tensor, int, Tensor]]:
-        """Global rows int64 ``[n]``, first column, values float32 ``[n, columns]``, mapped.
+    def pieces(self, table: str) -> Iterator[tuple[Tensor, int, Tensor]]:
+        """A table in pieces, mapped.
+
+        Each is global rows int64 ``[n]``, first column, values float32 ``[n, columns]``.
 
         Raises:
             ReleaseError: A file is damaged, or holds rows or columns that the table has not.

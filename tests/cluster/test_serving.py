@@ -7,6 +7,7 @@ import json
 import os
 import shutil
 import subprocess
+import sys
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -88,6 +89,15 @@ def test_evaluate(finished: Path, store: Path, clicks: Path) -> None:
     # Raw records: all of them, and for people.
     shown = run("evaluate", finished, "--data", clicks)
     assert shown.exit_code == 0 and "2,000" in shown.stdout and "normalized entropy" in shown.stdout
+
+
+def test_evaluate_in_a_process_of_its_own(finished: Path, clicks: Path) -> None:
+    """Where nothing else has imported torchrec yet."""
+    code = "from dist_dp.cluster.cli import main; main()"
+    program = [sys.executable, "-c", code, "evaluate", str(finished), "--data", str(clicks)]
+    result = subprocess.run(program, capture_output=True, text=True, check=False)
+    assert result.returncode == 0, result.stderr
+    assert "2,000" in result.stdout
 
 
 def test_evaluate_counts_the_rows_it_skips(finished: Path, clicks: Path, tmp_path: Path) -> None:

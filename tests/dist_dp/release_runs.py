@@ -43,7 +43,7 @@ def trained(
     half: bool = False,
     **options: Any,
 ) -> PrivacyEngine:
-    """A model trained for some steps, most of its rows unsettled; or one resumed."""
+    """A model trained for some steps, most of its rows unsettled; or one resumed, or not (0)."""
     resumed = "resume_from" in options
     given: dict[str, Any] = {} if resumed else {"secret": SECRET}
     made = engine(home, run_id="run", **{"sharding": "table_wise", **given, **options})
@@ -64,7 +64,7 @@ def trained(
         steps=8,
         budget=BUDGET,
     )
-    if resumed:
+    if resumed or not steps:
         return made
     for batch in loader:
         LOSSES(module(*batch.inputs), batch.labels).backward()

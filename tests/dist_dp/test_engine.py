@@ -44,7 +44,8 @@ def data_loader(**options: Any) -> DataLoader[Any]:
 
 
 def engine(tmp_path: Path, **options: Any) -> PrivacyEngine:
-    return PrivacyEngine(dataset="clicks", ledger=tmp_path / "ledger.sqlite", **options)
+    given: dict[str, Any] = {"dataset": "clicks", "ledger": tmp_path / "ledger.sqlite"}
+    return PrivacyEngine(**given | options)
 
 
 def train(

@@ -222,16 +222,17 @@ def guarantee_of(periods: Sequence[Mapping[str, Any]]) -> str:
     if not done or not all(entry["private"] for entry in done):
         return "The stream is not private: a period was trained without a guarantee."
     delta = max(entry["delta"] for entry in done)
+    released = f"Everything released for {len(done)} of {len(periods)} periods"
     if done[0]["unit"] == "user":
         spent = done[-1]["dataset_spent_epsilon"]
         return (
-            f"All {len(done)} released models together are (ε, δ)-differentially private with ε = "
+            f"{released} is, taken together, (ε, δ)-differentially private with ε = "
             f"{round_up(spent)} and δ = {delta:g} for each user, with all records in all periods: "
             f"that is what data set '{done[0]['dataset']}' has spent in the ledger."
         )
     epsilon = max(entry["epsilon"] for entry in done)
     return (
-        f"All {len(done)} released models together are (ε, δ)-differentially private with ε = "
+        f"{released} is, taken together, (ε, δ)-differentially private with ε = "
         f"{round_up(epsilon)} and δ = {delta:g} for each record, provided that each is in one "
         "period alone; a record that is repeated in another counts as two."
     )

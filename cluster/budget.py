@@ -14,6 +14,7 @@ from rich.markup import escape
 from rich.table import Table
 
 from dist_dp.errors import ConfigError, LedgerError
+from dist_dp.figures import round_up
 from dist_dp.ledger import Entry, Ledger, Position
 from dist_dp.ledger_address import LedgerAddress, default_ledger, ledger_address
 from dist_dp.ledger_export import verify_export, write_export
@@ -46,9 +47,9 @@ def show(given: str | None, dataset: str | None) -> None:
             budget.name,
             budget.unit,
             f"{budget.num_records:,}",
-            f"{spend.epsilon:.4g}",
-            f"{budget.epsilon:.4g}",
-            f"{budget.delta:.3g}",
+            round_up(spend.epsilon),
+            f"{budget.epsilon:g}",
+            f"{budget.delta:g}",
             str(len(spend.runs)),
             str(len(spend.non_private_runs)),
         )
@@ -74,7 +75,7 @@ def _forecasts(ledger: Ledger, dataset: str | None) -> Iterator[str]:
                 end = (
                     f"the budget of {budget.name} ends at step {found.last_step:,}"
                     if found.ends_early
-                    else f"all fit, ε is {found.epsilon:.4g} then"
+                    else f"all fit, ε is {round_up(found.epsilon)} then"
                 )
                 yield (
                     f"{run} is at step {found.charged_to:,} of {found.planned:,} planned; if no "

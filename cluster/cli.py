@@ -260,6 +260,7 @@ def epsilon(
     from dist_dp.accounting import GaussianEvent, epsilon_of
     from dist_dp.calibration import calibrate_noise_multiplier
     from dist_dp.errors import ConfigError
+    from dist_dp.figures import round_up
 
     if sample_rate is None:
         if not records or not batch_size:
@@ -277,7 +278,7 @@ def epsilon(
     )
     print(
         f"noise multiplier {noise_multiplier:.6g}, sample rate {sample_rate:.6g}, {steps} steps: "
-        f"ε = {spent:.6g} at δ = {delta:g} ({accountant.upper()})"
+        f"ε = {round_up(spent, 6)} at δ = {delta:g} ({accountant.upper()})"
     )
 
 

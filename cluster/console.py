@@ -16,6 +16,8 @@ from rich.table import Table
 from rich.text import Text
 
 from dist_dp.cluster.config import RunConfig
+from dist_dp.cluster.last_words import LastWords
+from dist_dp.figures import round_up
 
 
 class ProgressLine:
@@ -87,7 +89,7 @@ class ProgressLine:
         epsilon = progress["epsilon"]
         privacy = "not private"
         if math.isfinite(epsilon):
-            privacy = f"ε ≤ {epsilon:.2f}"
+            privacy = f"ε ≤ {round_up(epsilon, 3)}"
             if self._target:
                 privacy += f" of {self._target:g}"
         parts = [
@@ -121,14 +123,28 @@ def watched_fit(
     """
     from dist_dp.cluster.trainer import Trainer
 
-    with ProgressLine(Console(stderr=True)) as line:
+    with LastWords() as words, ProgressLine(Console(stderr=True)) as line:
+
+        def watch(progress: dict[str, Any]) -> None:
+            if trainer.run_folder is not None:
+                words.are(_ended_unasked(trainer.run_folder))
+            line(progress)
+
         if isinstance(run, RunConfig):
-            trainer = Trainer(run, verbose=verbose, watch=line)
+            trainer = Trainer(run, verbose=verbose, watch=watch)
         else:
-            trainer = Trainer.resumed(run, changes, verbose=verbose, watch=line)
+            trainer = Trainer.resumed(run, changes, verbose=verbose, watch=watch)
         summary = trainer.fit()
     assert trainer.run_folder is not None
     return summary, trainer.run_folder
+
+
+def _ended_unasked(folder: Path) -> str:
+    return (
+        "error: this process was ended before it could say why: by Ray, if the head of the cluster "
+        "or its own node is gone, or by the system. What was leased stays charged; if there is a "
+        f"checkpoint, go on from it: dist-dp train --resume {folder}"
+    )
 
 
 def print_summary(summary: dict[str, Any], folder: Path) -> None:
@@ -139,18 +155,21 @@ def print_summary(summary: dict[str, Any], folder: Path) -> None:
         value = summary.get(key)
         return "–" if value is None else format(value, form)
 
+    def bound(key: str) -> str:
+        value = summary.get(key)
+        return "–" if value is None else round_up(float(value))
+
     table = Table.grid(padding=(0, 2))
     if summary["private"]:
         unit = summary.get("unit_of_privacy", "record")
         table.add_row(
             "privacy",
-            f"ε = {number('epsilon', '.4g')}, δ = {number('delta', '.3g')} for each {unit}",
+            f"ε = {bound('epsilon')}, δ = {number('delta', 'g')} for each {unit}",
         )
         table.add_row(
             "budget",
             f"data set '{summary['dataset']}' has spent ε = "
-            f"{number('dataset_spent_epsilon', '.4g')} of "
-            f"{number('dataset_budget_epsilon', '.4g')}",
+            f"{bound('dataset_spent_epsilon')} of {number('dataset_budget_epsilon', 'g')}",
         )
     else:
         why = "fixed seed" if summary.get("fixed_seed") else f"mechanism {summary['mechanism']}"

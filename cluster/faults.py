@@ -19,6 +19,9 @@ from dist_dp.distributed import broadcast_object, rank
 from dist_dp.errors import DistDpError
 from dist_dp.fence import Fence
 
+_GRACE_S = 15.0
+"""How long workers may take to end by themselves once one has said that the run cannot go on."""
+
 _SIGNS = ("gloo", "Timed out waiting", "Connection closed", "Connection reset", "Broken pipe")
 """In messages of errors that PyTorch raises when another worker is gone."""
 
@@ -40,7 +43,7 @@ def is_fault(error: BaseException) -> bool:
 
 
 @contextmanager
-def ended_for_good(run: str, folder: Path) -> Iterator[tuple[MonitorLink, Fence | None]]:
+def ended_for_good(run: str, folder: Path) -> Iterator[tuple[MonitorLink, Fence | None, bool]]:
     """Around a worker's work: raises nothing but faults; see the module.
 
     Args:
@@ -48,7 +51,8 @@ def ended_for_good(run: str, folder: Path) -> Iterator[tuple[MonitorLink, Fence 
         folder: Of the run.
 
     Yields:
-        The link to the monitor, and rank 0's attempt (None elsewhere).
+        The link to the monitor, rank 0's attempt (None elsewhere), and whether there is nothing to
+        do, since the run ended for good before.
 
     Raises:
         BaseException: A fault: the group is to be started again.
@@ -60,8 +64,8 @@ def ended_for_good(run: str, folder: Path) -> Iterator[tuple[MonitorLink, Fence 
         fence = Fence.take(attempts_folder(folder)) if rank() == 0 else None
         number = broadcast_object(fence.number if fence else None)
         assert number is not None
-        link.join(number)
-        yield link, fence
+        is_over = link.join(number)
+        yield link, fence, is_over
     except BaseException as error:
         # Whatever a stale attempt met: the one in its place speaks for the run.
         stale = fence.why_stale if fence is not None else None
@@ -78,7 +82,10 @@ def ended_for_good(run: str, folder: Path) -> Iterator[tuple[MonitorLink, Fence 
 class Watchdog:
     """Ends workers that have said nothing for too long, so that Ray Train starts them again.
 
-    Watches only while they train, when there is a word after each step.
+    Watches only while they train, when there is a word after each step. Where one of them has said
+    that the run cannot go on, and others still wait for it (the process group of the one that
+    failed may live on in what its error refers to), they are ended too, and those that Ray Train
+    starts in their place find that there is nothing to do.
 
     Args:
         monitor: The run's monitor.
@@ -104,10 +111,20 @@ class Watchdog:
 
         while not self._over.wait(min(5.0, self._silence_s / 4)):
             with suppress(ray.exceptions.RayError):
+                if ray.get(self._monitor.failing.remote(), timeout=10) > _GRACE_S:
+                    ray.get(self._monitor.end.remote(), timeout=10)
+                    self._end_workers()
+                    continue
                 silent, workers = ray.get(self._monitor.silence.remote(), timeout=10)
                 if silent <= self._silence_s or not workers:
                     continue
                 self._say(f"no word from the workers for {silent:.0f} s: starting them again")
-                ray.get(self._monitor.forget_workers.remote(), timeout=10)
-                for worker in workers:
-                    ray.kill(worker)
+                self._end_workers()
+
+    def _end_workers(self) -> None:
+        import ray
+
+        _, workers = ray.get(self._monitor.silence.remote(), timeout=10)
+        ray.get(self._monitor.forget_workers.remote(), timeout=10)
+        for worker in workers:
+            ray.kill(worker)

@@ -19,6 +19,7 @@ SILENCE_S = 30.0
 """A head that is set up to come back (Ray's fault tolerance of the head) has so long for it."""
 
 _PROBE_S = 2.0
+_ENDING_S = 10.0
 
 
 class HeadLostError(DistDpError):
@@ -84,4 +85,19 @@ class Head:
             elif time.monotonic() - heard > SILENCE_S:
                 raise self.lost()
         if failure:
-            raise failure[0] if self.answers() else self.lost() from failure[0]
+            if self._is_going(failure[0]):
+                raise self.lost() from failure[0]
+            raise failure[0]
+
+    def _is_going(self, failure: BaseException) -> bool:
+        """Whether the head is gone; waits a little where that is likely to be the reason."""
+        import ray
+
+        # Nodes that are taken down end one by one: the run's own actors before the head.
+        likely = isinstance(failure, ray.exceptions.RayError)
+        end = time.monotonic() + (_ENDING_S if likely else 0.0)
+        while self.answers():
+            if time.monotonic() >= end:
+                return False
+            time.sleep(0.2)
+        return True

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 from bisect import bisect_left
+from collections.abc import Mapping
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
@@ -34,6 +35,7 @@ class Job:
         config: The resolved configuration.
         columns: The data schema with the table sizes of this run.
         plan: The privacy plan.
+        owner: Tells it from another run of its name; random.
         resume: Go on from the run's checkpoint.
         verbose: Let libraries log.
     """
@@ -46,6 +48,7 @@ class Job:
     config: dict[str, Any]
     columns: dict[str, Any]
     plan: dict[str, Any]
+    owner: str
     resume: bool = False
     verbose: bool = False
 
@@ -76,12 +79,15 @@ class Job:
         return store
 
 
-def make_plan(config: RunConfig, num_units: int) -> PrivacyPlan:
+def make_plan(
+    config: RunConfig, num_units: int, table_rows: Mapping[str, int] | None = None
+) -> PrivacyPlan:
     """The privacy plan of a configuration, calibrated.
 
     Args:
         config: The configuration.
         num_units: Records of the training split, or its users where they are the unit of privacy.
+        table_rows: Rows of each table, for plans that choose among them.
 
     Raises:
         ConfigError: It does not fit the number of units, or the noise of a step would be too
@@ -111,6 +117,8 @@ def make_plan(config: RunConfig, num_units: int) -> PrivacyPlan:
         noise_rounds=config.noise.rounds,
         sparse=privacy.sparse,
     )
+    if table_rows is not None:
+        plan = plan.with_choice(table_rows)
     if privacy.epsilon is not None:
         plan = plan.calibrate(privacy.epsilon, delta)
     smallest, largest = _noise_of_steps(config, plan)

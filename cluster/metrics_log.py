@@ -38,11 +38,13 @@ _GROUPS: dict[str, str] = {
     "grad_norm_p90": "privacy",
     "grad_norm_p99": "privacy",
     "signal_to_noise": "privacy",
+    "noised_rows": "privacy",
     "examples_per_second": "speed",
     "step_ms": "speed",
     "data_ms": "phases",
     "forward_ms": "phases",
     "backward_ms": "phases",
+    "select_ms": "phases",
     "clip_ms": "phases",
     "update_ms": "phases",
     "noise_ms": "phases",
@@ -58,7 +60,8 @@ STEP_COLUMNS: tuple[str, ...] = tuple(_GROUPS)
 
 ``batch_size`` counts the real examples of the Poisson batch over all ranks; columns that end in
 ``_ms`` are milliseconds; ``settle_ms`` lies inside ``forward_ms``; ``noise_ms`` is the dense noise
-and whatever noise is drawn eagerly; ``valid_*`` are filled at evaluations only.
+and whatever noise is drawn eagerly; ``noised_rows`` and ``select_ms`` are filled by mechanisms that
+select rows, ``valid_*`` are filled at evaluations only.
 """
 
 

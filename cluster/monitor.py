@@ -8,7 +8,7 @@ from typing import Any
 import ray
 from ray.util.scheduling_strategies import NodeAffinitySchedulingStrategy
 
-from dist_dp.errors import DistDpError
+from dist_dp.errors import ConfigError, DistDpError
 
 NAMESPACE = "dist-dp"
 
@@ -22,6 +22,8 @@ class _Monitor:
         self._workers: list[Any] = []
         self._notices: list[str] = []
         self._attempt = 0
+        self._failed = 0.0
+        self._over = False
 
     def push(self, progress: dict[str, Any]) -> bool:
         """Keeps the latest progress; returns whether a stop was asked for."""
@@ -29,14 +31,21 @@ class _Monitor:
         self._heard = time.monotonic()
         return self._stop
 
-    def join(self, worker: list[Any], attempt: int) -> None:
-        """A worker has begun: its actor, in a list, since a bare handle would not stay one."""
+    def join(self, worker: list[Any], attempt: int) -> bool:
+        """A worker has begun: its actor, in a list, since a bare handle would not stay one.
+
+        Returns:
+            Whether there is nothing left to do: the run ended for good before.
+        """
+        if self._over:
+            return True
         if attempt > self._attempt:
             self._attempt = attempt
             # Of the one before: if it would come again, this one will meet it, too.
             self._failure = None
         self._latest.pop("phase", None)
         self._workers += worker
+        return False
 
     def silence(self) -> tuple[float, list[Any]]:
         """Seconds since the last word while they train, else 0; and the workers' actors."""
@@ -50,8 +59,16 @@ class _Monitor:
 
     def fail(self, error: BaseException, attempt: int) -> None:
         """The attempt cannot go on; its first reason stays. One that was given up has no say."""
-        if attempt >= self._attempt:
-            self._failure = self._failure or error
+        if attempt >= self._attempt and self._failure is None:
+            self._failure, self._failed = error, time.monotonic()
+
+    def failing(self) -> float:
+        """Seconds since an attempt said that it cannot go on, 0 if none did."""
+        return 0.0 if self._failure is None else max(1e-9, time.monotonic() - self._failed)
+
+    def end(self) -> None:
+        """The run is over: whoever joins from now on has nothing to do."""
+        self._over = True
 
     def failure(self) -> list[BaseException]:
         """Why the run cannot go on, if so; in a list, for Ray would raise a bare error."""
@@ -75,14 +92,26 @@ class _Monitor:
 
 
 def start_monitor(name: str) -> Any:
-    """Starts the monitor of a run, on the driver's node; workers find it by name."""
+    """Starts the monitor of a run, on the driver's node; workers find it by name.
+
+    Raises:
+        ConfigError: A run of that name is under way in the cluster.
+    """
     # On another one it would be lost with that node, though the run could go on.
     here = NodeAffinitySchedulingStrategy(ray.get_runtime_context().get_node_id(), soft=False)
-    return (
-        ray.remote(_Monitor)
-        .options(name=monitor_name(name), namespace=NAMESPACE, num_cpus=0, scheduling_strategy=here)
-        .remote()
-    )
+    try:
+        return (
+            ray.remote(_Monitor)
+            .options(
+                name=monitor_name(name), namespace=NAMESPACE, num_cpus=0, scheduling_strategy=here
+            )
+            .remote()
+        )
+    except ValueError:  # its name is taken
+        raise ConfigError(
+            f"a run named '{name}' is under way in this cluster: wait until it ends, or choose "
+            "another --name"
+        ) from None
 
 
 def monitor_name(run: str) -> str:
@@ -105,10 +134,15 @@ class MonitorLink:
         if self._answer is None:
             self._answer = self._actor.push.remote(progress)
 
-    def join(self, attempt: int) -> None:
-        """Tells that this worker has begun, so that it can be ended should it hang."""
+    def join(self, attempt: int) -> bool:
+        """Tells that this worker has begun, so that it can be ended should it hang.
+
+        Returns:
+            Whether the run ended for good before, so that there is nothing to do.
+        """
         self._attempt = attempt
-        ray.get(self._actor.join.remote([ray.get_runtime_context().current_actor], attempt))
+        me = ray.get_runtime_context().current_actor
+        return bool(ray.get(self._actor.join.remote([me], attempt)))
 
     def fail(self, error: BaseException) -> None:
         """Tells that the run cannot go on."""

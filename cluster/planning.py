@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections import defaultdict
+from dataclasses import asdict
 from typing import Any
 
 from rich.console import Console
@@ -18,11 +19,15 @@ from dist_dp.cluster.models import build_model
 from dist_dp.cluster.workload import PlannedTable, dense_shape, planned_tables
 from dist_dp.datasets.schema import DataSchema
 from dist_dp.errors import ConfigError
+from dist_dp.figures import round_up
 from dist_dp.noise_grid import MULTIPLES, spacing_text
+from dist_dp.plan import PrivacyPlan
+from dist_dp.selection_forecast import forecast_selection
 from dist_dp.sharding import TableOptimizer
+from dist_dp.sparse_settings import SPARSE_MECHANISMS
 
 HISTORY_BYTES_A_ROW = 4
-_OPTIMIZER_BYTES = {"sgd": 0, "adagrad": 4, "rowwise_adagrad": 0}
+_OPTIMIZER_BYTES = {"sgd": 0, "adagrad": 4, "rowwise_adagrad": 0, "adam": 4}
 
 
 def make_report(
@@ -67,7 +72,7 @@ def make_report(
         records_per_unit = prepared.records_per_unit
     else:
         schema, dataset = _declared_schema(config), config.data.name or "not named"
-        plan = make_plan(config, num_units)
+        plan = make_plan(config, num_units, schema.table_rows())
         records_per_unit = float(plan.max_records_per_user or 1)
     records = plan.expected_batch_size * records_per_unit
     model = build_model(config.model, schema)
@@ -96,11 +101,24 @@ def make_report(
         "num_workers": config.cluster.num_workers,
         "memory_bytes_by_worker": memory,
         "forecast": None
-        if config.cluster.use_gpu
+        if config.cluster.use_gpu or plan.mechanism in SPARSE_MECHANISMS
         else forecast_step(config, planned, dense_shape(model), plan, speed or Speed(), records),
+        "selection": _selection(plan, planned, records),
         "tables": tables,
         "statement": plan.statement(),
     }
+
+
+def _selection(
+    plan: PrivacyPlan, planned: list[PlannedTable], records: float
+) -> dict[str, Any] | None:
+    """What a step's selection of rows comes to, each bag taken to have one id."""
+    found = forecast_selection(
+        plan,
+        {table.name: (table.rows, table.dim) for table in planned},
+        {table.name: records * table.bags for table in planned},
+    )
+    return None if found is None else asdict(found)
 
 
 def _declared_schema(config: RunConfig) -> DataSchema:
@@ -161,16 +179,43 @@ def _memory_by_worker(config: RunConfig, tables: list[dict[str, Any]]) -> list[d
         lambda: {"weights": 0, "history": 0, "optimizer": 0}
     )
     state = _OPTIMIZER_BYTES[config.train.table_optimizer] + (4 if config.train.momentum else 0)
+    history = HISTORY_BYTES_A_ROW
+    if config.privacy.mechanism in SPARSE_MECHANISMS:
+        # No noise waits, and state comes with the rows that survive.
+        state, history = 0, 0
     for table in tables:
         for shard in table["shards"]:
             rows, columns = shard["size"]
             entry = workers[shard["rank"]]
             entry["weights"] += 4 * rows * columns
-            entry["history"] += HISTORY_BYTES_A_ROW * rows
+            entry["history"] += history * rows
             entry["optimizer"] += state * rows * columns
-            if config.train.table_optimizer == "rowwise_adagrad":
+            if config.train.table_optimizer == "rowwise_adagrad" and history:
                 entry["optimizer"] += 4 * rows
     return [workers[r] for r in range(config.cluster.num_workers)]
+
+
+def _selection_lines(selection: dict[str, Any]) -> list[tuple[str, str]]:
+    """What a plan says about the rows that a step noises."""
+    false, most = selection["false_positives"], selection["most_rows"]
+    reduction = selection["all_coordinates"] / max(1.0, selection["false_positive_coordinates"])
+    lines = [
+        (
+            "rows noised a step",
+            f"{false:,.1f} that no unit touches in the mean, at most {most:,.0f} if all survive "
+            f"that are looked up (of {selection['all_rows']:,})",
+        ),
+        (
+            "gradient size",
+            f"{selection['false_positive_coordinates']:,.0f} to "
+            f"{selection['most_coordinates']:,.0f} coordinates of "
+            f"{selection['all_coordinates']:,} (down to 1 / {reduction:,.0f})",
+        ),
+    ]
+    if selection["thresholds"]:
+        taus = sorted({f"{tau:.4g}" for tau in selection["thresholds"].values()})
+        lines.append(("threshold", ", ".join(taus[:4]) + (", …" if len(taus) > 4 else "")))
+    return lines
 
 
 def print_report(report: dict[str, Any]) -> None:
@@ -182,7 +227,7 @@ def print_report(report: dict[str, Any]) -> None:
     else:
         head.add_row(
             "privacy",
-            f"ε = {report['epsilon']:.4g}, δ = {report['delta']:.3g} for each {report['unit']}",
+            f"ε = {round_up(report['epsilon'])}, δ = {report['delta']:g} for each {report['unit']}",
         )
         head.add_row("noise multiplier", _noise(report))
         head.add_row("clip norm", f"{report['max_grad_norm']:g}")
@@ -206,6 +251,9 @@ def print_report(report: dict[str, Any]) -> None:
         + ("" if units == "records" else f", {report['expected_records']:,.0f} records"),
     )
     head.add_row("steps", f"{report['steps']:,} ({report['epochs']:.2f} epochs)")
+    if report["selection"] is not None:
+        for row in _selection_lines(report["selection"]):
+            head.add_row(*row)
     console.print(head)
     memory = Table(title="memory per worker", title_justify="left")
     for column in ("worker", "weights", "history", "optimizer", "total"):

@@ -55,7 +55,7 @@ def prepare(config: RunConfig, *, progress: bool = True) -> Prepared:
     _check_sharding(config, schema)
     dataset = config.data.name or _stem(config)
     if config.privacy.unit == "record":
-        return Prepared(store, schema, dataset, make_plan(config, records))
+        return Prepared(store, schema, dataset, make_plan(config, records, schema.table_rows()))
     if store.schema.user is None:
         raise ConfigError(
             f"privacy.unit 'user' needs to know whose a record is, but {store.path} was converted "
@@ -64,7 +64,7 @@ def prepare(config: RunConfig, *, progress: bool = True) -> Prepared:
     users = users_of(store.split("train"))
     most = config.privacy.max_records_per_user
     assert most is not None
-    plan = make_plan(config, users.num_users)
+    plan = make_plan(config, users.num_users, schema.table_rows())
     return Prepared(store, schema, dataset, plan, users.mean_records(most))
 
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import secrets
 import shutil
 import signal
 import threading
@@ -33,6 +34,7 @@ from dist_dp.cluster.run_folder import (
     write_config,
     write_summary,
 )
+from dist_dp.cluster.run_lock import driving
 from dist_dp.errors import ConfigError, DistDpError, StaleAttemptError
 from dist_dp.kernels import SlowKernelsWarning
 from dist_dp.ledger_address import LedgerAddress, default_ledger, ledger_address
@@ -70,6 +72,7 @@ class Trainer:
         self.verbose = verbose
         self.watch = watch or (lambda progress: None)
         self.run_folder: Path | None = None
+        self._owner = secrets.token_hex(16)
 
     @classmethod
     def resumed(
@@ -108,9 +111,18 @@ class Trainer:
         Raises:
             DistDpError: The run could not be done; the message says why.
         """
+        with contextlib.ExitStack() as held:
+            return self._fit(held)
+
+    def _fit(self, held: contextlib.ExitStack) -> dict[str, Any]:
+        from dist_dp.checkpoint import read_checkpoint_info
+
         output = self.config.output
         if self.resume is None:
             check_run_name_is_free(Path(output.folder), output.name)
+        else:
+            held.enter_context(driving(self.resume))
+            read_checkpoint_info(checkpoint_folder(self.resume))  # whoever was here may have ended
         self.watch({"phase": "reading the data"})
         prepared = prepare(self.config)
         self.watch({"phase": "starting Ray", "plan": prepared.plan})
@@ -120,9 +132,12 @@ class Trainer:
             ledger = ledger_address(given) if given else default_ledger()
             accountant = start_accountant(ledger)
             self._check_budget(accountant, prepared)
-            folder = self.resume or create_run_folder(
-                Path(output.folder), output.name, prepared.dataset
-            )
+            if self.resume is not None:
+                folder = self.resume
+            else:
+                _check_account_is_free(accountant, output.name)
+                folder = create_run_folder(Path(output.folder), output.name, prepared.dataset)
+                held.enter_context(driving(folder))
             self.run_folder = folder
             try:
                 write_config(folder, self.config.to_yaml())
@@ -164,6 +179,7 @@ class Trainer:
             config=self.config.model_dump(mode="json"),
             columns=prepared.schema.model_dump(mode="json"),
             plan=prepared.plan.model_dump(),
+            owner=self._owner,
             resume=self.resume is not None,
             verbose=self.verbose,
         )
@@ -191,7 +207,9 @@ class Trainer:
         if resumable or unreachable:
             return  # The account stays open.
         with contextlib.suppress(DistDpError):
-            accountant.close_run(folder.name, "aborted" if aborted else "failed")
+            # Not that of a run of the same name in another folder.
+            if self.resume is not None or accountant.run_owner(folder.name) == self._owner:
+                accountant.close_run(folder.name, "aborted" if aborted else "failed")
 
     def _run(self, job: Job) -> None:
         """One Ray Train run, watched; Ctrl-C once asks the workers to stop."""
@@ -231,8 +249,15 @@ class Trainer:
             monitor, self.config.cluster.hang_timeout_s, lambda text: self.watch({"notice": text})
         )
         try:
-            with _stop_on_interrupt(monitor, stopping):
-                fit_workers(train_worker, job.to_dict(), self.config.cluster, job, self.verbose)
+            try:
+                with _stop_on_interrupt(monitor, stopping):
+                    fit_workers(train_worker, job.to_dict(), self.config.cluster, job, self.verbose)
+            except DistDpError as error:
+                # What a worker said of itself says more than that the group is gone.
+                with contextlib.suppress(ray.exceptions.RayError):
+                    for failure in ray.get(monitor.failure.remote(), timeout=10):
+                        raise readable(failure) from error
+                raise
             for failure in ray.get(monitor.failure.remote()):
                 raise readable(failure)
         finally:
@@ -241,6 +266,15 @@ class Trainer:
             watcher.join(timeout=5)
             with contextlib.suppress(ray.exceptions.RayError):
                 ray.kill(monitor)
+
+
+def _check_account_is_free(accountant: Any, name: str | None) -> None:
+    """Says before the workers start what they would say once they are up."""
+    if name is not None and accountant.knows_run(name):
+        raise ConfigError(
+            f"run '{name}' is in the ledger already, from another folder or a folder that was "
+            "removed: choose another --name"
+        )
 
 
 def _warn(reasons: list[str]) -> None:

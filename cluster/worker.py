@@ -37,7 +37,9 @@ def train_worker(values: dict[str, Any]) -> None:
     threads = config.cluster.threads_per_worker
     if threads:
         torch.set_num_threads(threads)
-    with ended_for_good(job.run_name, Path(job.run_folder)) as (link, fence):
+    with ended_for_good(job.run_name, Path(job.run_folder)) as (link, fence, is_over):
+        if is_over:
+            return
         accountant = None
         if fence is not None:
             patient = PatientAccountant(AccountantClient(job.ledger), link.say)
@@ -105,6 +107,7 @@ class Run:
             resume_from=self.checkpoint if self.goes_on else None,
             trail=trail_file(self.folder) if config.train.checkpoint_every else None,
             fence=fence,
+            owner=job.owner,
             device=device,
             settings=settings_to_keep(job.config),
         )

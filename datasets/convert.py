@@ -141,7 +141,7 @@ def write_store(
                 stream.write(manifest.to_json())
                 stream.flush()
                 os.fsync(stream.fileno())
-            if publish(folder, destination, overwrite):
+            if publish(folder, destination, overwrite, reader.files):
                 return manifest
     except OSError as error:
         full = error.errno in (errno.ENOSPC, errno.EDQUOT)

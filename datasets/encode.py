@@ -300,8 +300,10 @@ class Encoder:
     def _tokens(self, name: str, what: str, dictionary: Any) -> list[bytes]:
         """The distinct values as bytes: text as it is, integers in decimal."""
         kind = dictionary.type
-        if pa.types.is_integer(kind) or pa.types.is_boolean(kind):
-            dictionary = pc.cast(pc.cast(dictionary, pa.int64()), pa.string())
+        if pa.types.is_boolean(kind):
+            dictionary = pc.cast(pc.cast(dictionary, pa.int8()), pa.string())
+        elif pa.types.is_integer(kind):  # of 64 bits without a sign too
+            dictionary = pc.cast(dictionary, pa.string())
         elif not (
             pa.types.is_string(kind)
             or pa.types.is_large_string(kind)

@@ -13,7 +13,7 @@ from pydantic import BaseModel, ConfigDict, Field, ValidationError
 from dist_dp.datasets.schema import DataSchema
 from dist_dp.errors import DataError
 from dist_dp.file_names import why_no_name, why_not_inside
-from dist_dp.limits import read_json
+from dist_dp.limits import open_regular, read_json
 
 # Stores with a column of users have version 2, so that older programs refuse them.
 FORMAT_VERSIONS = (1, 2)
@@ -99,10 +99,15 @@ def combined_fingerprint(splits: Mapping[str, SplitInfo]) -> str:
 
 
 def identify_file(path: Path) -> FileIdentity:
-    """Identity of a source file; reads at most 3 MiB of it (both ends and blocks between)."""
+    """Identity of a source file; reads at most 3 MiB of it (both ends and blocks between).
+
+    Raises:
+        OSError: It cannot be read.
+        ValueError: It is a pipe or a device.
+    """
     status = path.stat()
     digest = hashlib.sha256()
-    with path.open("rb") as stream:
+    with open(open_regular(path), "rb") as stream:
         digest.update(stream.read(_SAMPLE_EDGE))
         if status.st_size > 2 * _SAMPLE_EDGE:
             for i in range(1, _SAMPLE_BLOCKS + 1):

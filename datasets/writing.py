@@ -10,7 +10,7 @@ import json
 import os
 import shutil
 import tempfile
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import IO, Any, Self
 
@@ -52,6 +52,12 @@ class SplitWriter:
         self._schema = stored_schema(schema)
         # Users are no part of a record's content: with and without them it is the same record.
         self._columns = {f.name: hashlib.sha256() for f in self._schema if f.name != USER}
+        # Apart from the values, or the hash would tell in which batches they came.
+        self._lengths = {
+            f.name: hashlib.sha256()
+            for f in self._schema
+            if f.name != USER and pa.types.is_list(f.type)
+        }
         self._rows = 0
 
     def __enter__(self) -> Self:
@@ -73,7 +79,7 @@ class SplitWriter:
         for name, digest in self._columns.items():
             array = batch.column(name)
             if pa.types.is_list(array.type):
-                digest.update(np.asarray(array.value_lengths()).tobytes())
+                self._lengths[name].update(np.asarray(array.value_lengths()).tobytes())
             flat = array if pa.types.is_float32(array.type) else array.flatten()
             digest.update(np.asarray(flat).tobytes())
         self._writer.write_batch(batch)
@@ -84,6 +90,7 @@ class SplitWriter:
         self._stream.flush()
         os.fsync(self._stream.fileno())
         content = [[name, digest.hexdigest()] for name, digest in self._columns.items()]
+        content += [[name, "lengths", of.hexdigest()] for name, of in self._lengths.items()]
         text = json.dumps([self._rows, content])
         return SplitInfo(
             file=self._path.name,
@@ -122,10 +129,17 @@ def _locked(path: Path) -> Iterator[None]:
         yield
 
 
-def publish(folder: Path, destination: Path, overwrite: bool) -> bool:
-    """Renames the finished folder; False if another process's store is there by now."""
-    (folder / "lock").unlink()
-    folder.chmod(0o755)
+def publish(folder: Path, destination: Path, overwrite: bool, sources: Sequence[Path]) -> bool:
+    """Renames the finished folder; False if another process's store is there by now.
+
+    It holds the records: whoever may not read all of the sources may not read it either, nor
+    whom the umask leaves out.
+    """
+    lock = folder / "lock"
+    rights = [path.stat().st_mode for path in (*sources, lock)]
+    lock.unlink()
+    shared = [who for who in (3, 0) if all(mode & (4 << who) for mode in rights)]
+    folder.chmod(0o700 | sum(5 << who for who in shared))
     if overwrite and destination.exists():
         old = folder.with_name(folder.name.replace(".partial-", ".replaced-"))
         destination.rename(old)

@@ -8,6 +8,7 @@ from typing import Any
 from dist_dp.accountant import LocalAccountant
 from dist_dp.distributed import broadcast_object, rank
 from dist_dp.errors import BudgetError, DistDpError, LedgerError
+from dist_dp.figures import round_up
 from dist_dp.ledger import Ledger
 from dist_dp.ledger_address import LedgerAddress
 from dist_dp.ledger_entry import Position
@@ -34,13 +35,29 @@ def check_whole_run_fits(accountant: Any, dataset: str, plan: PrivacyPlan) -> No
                 f"'{plan.unit}': one budget counts one unit; train with privacy.unit {budget.unit}"
             )
     spend = accountant.spent(dataset)
+    costs = plan.step_costs()
+    setup = 1 if costs.setup else 0  # step 0 comes before the others
     fits = max_steps(
-        plan.step_costs(), 1, plan.steps, spend.steps_by_event, spend.budget_epsilon, spend.delta
+        costs,
+        1 - setup,
+        plan.steps + setup,
+        spend.steps_by_event,
+        spend.budget_epsilon,
+        spend.delta,
     )
-    if fits < plan.steps:
+    if setup and fits == 0:
         raise BudgetError(
             f"data set '{dataset}' has spent ε = {spend.epsilon:.4g} of "
-            f"{spend.budget_epsilon:.4g} (δ = {spend.delta:g}); {fits} of the {plan.steps} "
+            f"{spend.budget_epsilon:.4g} (δ = {spend.delta:g}); not even what the run does before "
+            "its first step (its private choice of rows) still fits. Lower choice_epsilon, give "
+            f"public frequencies, or raise the budget (dist-dp budget set {dataset} --epsilon … "
+            "--reason …)"
+        )
+    fits -= setup
+    if fits < plan.steps:
+        raise BudgetError(
+            f"data set '{dataset}' has spent ε = {round_up(spend.epsilon)} of "
+            f"{spend.budget_epsilon:g} (δ = {spend.delta:g}); {fits} of the {plan.steps} "
             "planned steps still fit. Plan fewer or noisier steps, raise the budget (dist-dp "
             f"budget set {dataset} --epsilon … --reason …), or let the run stop when the "
             "budget is used up (privacy.stop_at_budget)"
@@ -105,9 +122,15 @@ def open_account(
     stop_at_budget: bool,
     resumed_at: tuple[int, bool] | None,
     restarted: bool = False,
+    owner: str = "",
     position: Position | None = None,
 ) -> Any:
     """Registers the data set if it is new and opens the run's account; every rank calls it.
+
+    Guarantee:
+        An account is gone on with only by the run that opened it: with its checkpoint, or with its
+        ``owner``. So the leases of a run of the same name elsewhere are never taken over, and no
+        steps are drawn on what that one was charged.
 
     Args:
         accountant: Rank 0's, or None for one on ``ledger`` in this process.
@@ -122,7 +145,7 @@ def open_account(
             was settled in it. The account is open already.
         restarted: An earlier attempt at this run may have opened the account, and died before its
             first checkpoint: go on with it then, from step 0.
-
+        owner: Of this run, the same in all its attempts; kept in the ledger.
         position: Of the ledger when the checkpoint was saved, if there is one.
 
     Returns:
@@ -140,7 +163,8 @@ def open_account(
             accountant = accountant or LocalAccountant(Ledger(ledger))
             costs = None if plan.mechanism == "none" else plan.step_costs()
             if restarted and resumed_at is None and accountant.knows_run(run_id):
-                resumed_at = (0, False)
+                # Without the same owner it is one of that name elsewhere: refused below.
+                resumed_at = (0, False) if accountant.run_owner(run_id) == owner else None
             if position is not None:
                 accountant.check_contains(position)
             if resumed_at is not None:
@@ -162,7 +186,11 @@ def open_account(
                     )
                     if not stop_at_budget:
                         check_whole_run_fits(accountant, dataset, plan)
-                about = {"non_private": costs is None, "planned_steps": plan.steps}
+                about = {
+                    "non_private": costs is None,
+                    "planned_steps": plan.steps,
+                    "owner": owner,
+                }
                 accountant.open_run(run_id, dataset, costs, about)
         except DistDpError as error:
             failure = error

@@ -38,6 +38,7 @@ READING = frozenset(
         "run_status",
         "run_charges",
         "run_costs",
+        "run_owner",
         "released_step",
         "history",
         "datasets",
@@ -184,6 +185,10 @@ class Accountant(ABC):
     def run_costs(self, run_id: str) -> StepCosts | None:
         """Return what each step of a run costs, as it was opened."""
         return cast("StepCosts | None", self._call("run_costs", run_id))
+
+    def run_owner(self, run_id: str) -> str:
+        """Return who opened a run, empty if that was not said."""
+        return str(self._call("run_owner", run_id))
 
     def history(self, dataset: str | None = None) -> list[Entry]:
         """Return every entry of a data set, or of the whole ledger, oldest first."""

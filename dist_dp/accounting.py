@@ -28,6 +28,8 @@ _INTERVAL = 1e-4
 # Above this privacy loss the grid is widened, so that a hopeless setting (a tiny noise multiplier)
 # costs seconds and not gigabytes. Pessimistic rounding keeps the result an upper bound.
 _FINE_GRID_LOSS = 100.0
+# Beyond it nobody is protected from anything: ε is called infinite, at once.
+_HOPELESS_LOSS = 1e5
 # Two runs with 16 noise levels each; one takes up to 3 MB, its power up to 6.
 _PLDS_KEPT = 32
 
@@ -44,7 +46,8 @@ def epsilon_of(
         results. Results are cached.
 
     Returns:
-        ε ≥ 0; ``inf`` where an event has no noise or δ is beyond numerical reach.
+        ε ≥ 0; ``inf`` where an event has no noise, or so little that ε is beyond all use (some
+        10⁵), or δ is beyond numerical reach.
 
     Raises:
         ConfigError: δ not in (0, 1), a negative count, or an unknown accountant.
@@ -71,7 +74,13 @@ def delta_of(
     if _check_accountant(accountant) == "rdp":
         with _quiet_absl():
             return float(_rdp(key).get_delta(float(epsilon)))
-    return float(_composed_pld(key, _interval(key)).get_delta_for_epsilon(float(epsilon)))
+    loss = _rough_loss(key)
+    if not loss <= _HOPELESS_LOSS:
+        return 1.0
+    try:
+        return float(_composed_pld(key, _interval(loss)).get_delta_for_epsilon(float(epsilon)))
+    except OverflowError:
+        return 1.0
 
 
 _Key = tuple[tuple[PrivacyEvent, int], ...]
@@ -86,7 +95,13 @@ def _epsilon(key: _Key, delta: float, accountant: AccountantKind) -> float:
     if accountant == "rdp":
         with _quiet_absl():
             return float(_rdp(key).get_epsilon(delta))
-    return max(0.0, float(_composed_pld(key, _interval(key)).get_epsilon_for_delta(delta)))
+    loss = _rough_loss(key)
+    if not loss <= _HOPELESS_LOSS:
+        return math.inf
+    try:
+        return max(0.0, float(_composed_pld(key, _interval(loss)).get_epsilon_for_delta(delta)))
+    except OverflowError:  # e to the loss is no float any more
+        return math.inf
 
 
 def _rdp(key: _Key) -> Any:
@@ -121,17 +136,21 @@ def _step_pld(event: PrivacyEvent, interval: float) -> Any:
     return event.pld(interval)
 
 
-def _interval(key: _Key) -> float:
-    """Choose the grid: 1e-4, wider (by powers of two) where the loss would span millions of cells.
+def _rough_loss(key: _Key) -> float:
+    """About the largest privacy loss that matters.
 
-    The rough size of the loss used here decides the grid only, never the result's validity.
+    It decides the grid, and whether to calculate at all, never the result's validity.
     """
     mean, widest = 0.0, 0.0
     for event, count in key:
         per_step, largest = event.rough_loss()
         mean += count * per_step
         widest = max(widest, largest)
-    loss = mean + 10 * math.sqrt(2 * mean) + widest
+    return mean + 10 * math.sqrt(2 * mean) + widest
+
+
+def _interval(loss: float) -> float:
+    """Choose the grid: 1e-4, wider (by powers of two) where the loss spans millions of cells."""
     if loss <= _FINE_GRID_LOSS:
         return _INTERVAL
     return float(_INTERVAL * 2 ** math.ceil(math.log2(loss / _FINE_GRID_LOSS)))

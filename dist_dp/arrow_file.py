@@ -7,11 +7,14 @@ and compressed ones are refused, whose size is not that of the file.
 
 from __future__ import annotations
 
+import os
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
 import pyarrow as pa
+
+from dist_dp.limits import open_regular
 
 
 class ArrowFile:
@@ -30,6 +33,7 @@ class ArrowFile:
 
     def __init__(self, path: Path) -> None:
         try:
+            os.close(open_regular(path))  # mapping a pipe would wait for who writes to it
             self.whole = pa.memory_map(str(path), "r").read_buffer()
             self._reader = pa.ipc.open_file(pa.BufferReader(self.whole))
         except (pa.ArrowException, OSError, ValueError, MemoryError) as error:

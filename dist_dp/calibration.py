@@ -30,6 +30,7 @@ def calibrate_noise_multiplier(
     steps: int,
     accountant: AccountantKind = "pld",
     factors: Mapping[float, int] | None = None,
+    also: Mapping[PrivacyEvent, int] | None = None,
 ) -> float:
     """Return the smallest noise multiplier whose ``steps`` steps stay within the target.
 
@@ -41,14 +42,18 @@ def calibrate_noise_multiplier(
         accountant: see `epsilon_of`.
         factors: where the noise changes with the step: how many of the steps have which factor of
             the result as their noise multiplier; by default all have 1.
+        also: what else the run does that counts against the target, such as a private choice of
+            rows before the first step: a count by event.
 
     Guarantee:
-        ``epsilon_of({GaussianEvent(result, sample_rate): steps}, target_delta)`` (with factors, an
-        event for each) is at most ``target_epsilon``: this is checked on the value returned, which
-        is within 1e-5 (relative) of the smallest one possible, and never below 1/16.
+        ``epsilon_of({GaussianEvent(result, sample_rate): steps, **also}, target_delta)`` (with
+        factors, an event for each) is at most ``target_epsilon``: this is checked on the value
+        returned, which is within 1e-5 (relative) of the smallest one possible, and never below
+        1/16.
 
     Raises:
-        ConfigError: an argument is out of its range, or no noise multiplier below 131072 suffices.
+        ConfigError: an argument is out of its range, ``also`` leaves nothing of the target, or no
+            noise multiplier below 131072 suffices.
     """
     from scipy.optimize import brentq
 
@@ -63,8 +68,15 @@ def calibrate_noise_multiplier(
         raise ConfigError(f"factors of {sum(parts.values())} steps given: give those of {steps}")
     goal = target_epsilon * (1 - _EPSILON_MARGIN)
 
+    others = dict(also or {})
+    if others and (spent := epsilon_of(others, target_delta, accountant=accountant)) >= goal:
+        raise ConfigError(
+            f"epsilon {target_epsilon} at delta {target_delta} leaves nothing for the steps: what "
+            f"comes before them costs {spent:.4g}; raise epsilon, or lower choice_epsilon"
+        )
+
     def excess(log_sigma: float) -> float:
-        events: dict[PrivacyEvent, int] = {}
+        events = dict(others)
         for factor, count in parts.items():
             event = GaussianEvent(math.exp(log_sigma) * factor, sample_rate)
             events[event] = events.get(event, 0) + count

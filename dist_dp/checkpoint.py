@@ -24,7 +24,7 @@ from dist_dp.checkpoint_description import check_same_run, describe
 from dist_dp.checkpoint_folder import find_checkpoint, read_checkpoint_info, read_secret
 from dist_dp.checkpoint_state import Restored, pieces_of
 from dist_dp.checkpoint_storage import TensorReader, TensorWriter
-from dist_dp.checkpoint_tensors import PieceLoadPlanner, Pieces, PieceSavePlanner
+from dist_dp.checkpoint_tensors import Piece, PieceLoadPlanner, Pieces, PieceSavePlanner
 from dist_dp.distributed import all_together, broadcast_object, rank, world_size
 from dist_dp.errors import CheckpointError, DistDpError
 from dist_dp.fence import take_away
@@ -230,10 +230,10 @@ def load_checkpoint(engine: PrivacyEngine, folder: Path) -> tuple[int, bool]:
         same_world = info["world_size"] == world_size()
         restored.append(Restored(parts, reader.read_metadata(), same_world))
 
-    def read() -> None:
+    def read(pieces: Pieces) -> None:
         _through_dcp(
             lambda: dcp.load(
-                dict(restored[0].pieces),
+                dict(pieces),
                 storage_reader=reader,
                 planner=PieceLoadPlanner(),
                 process_group=group,
@@ -243,8 +243,14 @@ def load_checkpoint(engine: PrivacyEngine, folder: Path) -> tuple[int, bool]:
     group = dist.new_group(backend="gloo")
     try:
         with torch.no_grad():
-            for action in (begin, read, lambda: restored[0].finish(info["numbers"])):
-                all_together(action, CheckpointError, what)
+            all_together(begin, CheckpointError, what)
+            all_together(lambda: read(restored[0].pieces), CheckpointError, what)
+            if info.get("row_states"):
+                states: dict[str, list[Piece]] = {}
+                make_place = restored[0].row_states.allocate
+                all_together(lambda: states.update(make_place()), CheckpointError, what)
+                all_together(lambda: read(states), CheckpointError, what)
+            all_together(lambda: restored[0].finish(info["numbers"]), CheckpointError, what)
     except CheckpointError as error:
         raise CheckpointError(f"cannot go on from '{folder}': {error}") from error
     finally:

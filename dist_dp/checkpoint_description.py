@@ -10,8 +10,15 @@ import torch
 
 from dist_dp.accountant import Accountant
 from dist_dp.checkpoint_groups import check_same_groups
+from dist_dp.checkpoint_rows import check_same_row_states, row_state_kinds
 from dist_dp.checkpoint_state import numbers_of
-from dist_dp.distributed import all_reduce_max, broadcast_object, rank, world_size
+from dist_dp.distributed import (
+    all_gather_objects,
+    all_reduce_max,
+    broadcast_object,
+    rank,
+    world_size,
+)
 from dist_dp.errors import CheckpointError
 
 if TYPE_CHECKING:
@@ -28,6 +35,9 @@ def describe(engine: PrivacyEngine) -> dict[str, Any]:
     parts = engine.parts
     behind = torch.tensor([float(any(not parts.mechanism.is_settled(s) for s in parts.shards))])
     settled = not bool(all_reduce_max(behind.to(parts.device)).item())
+    kinds: dict[str, str] = {}
+    for here in all_gather_objects(row_state_kinds(parts.shards)):
+        kinds |= here
     return {
         "numbers": numbers_of(parts),
         "settled": settled,
@@ -38,6 +48,7 @@ def describe(engine: PrivacyEngine) -> dict[str, Any]:
         "fixed_secret": engine.secret_is_given,
         "plan": parts.plan.model_dump(),
         "dense_optimizer": _kind_of_optimizer(parts),
+        "row_states": kinds,
         "steps_charged": engine.steps_charged(),
         "ledger": _ledger_position(engine),
     }
@@ -64,6 +75,7 @@ def check_same_run(engine: PrivacyEngine, info: Mapping[str, Any]) -> None:
             raise CheckpointError(
                 f"it was saved with another {subject}; resume with the same configuration"
             )
+    check_same_row_states(parts.shards, info.get("row_states", {}))
     check_same_groups(parts, info["numbers"]["param_groups"])
 
 

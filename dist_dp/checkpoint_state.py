@@ -3,6 +3,8 @@
 ==========================  ========================================================================
 ``tables/TABLE/weight``     weights, *not settled*, and beside them ``last_step`` and whatever else
                             the shards keep; one global tensor each, whatever the sharding
+``kept/TABLE``              rows that are trained at all, where they were chosen once
+``row_states/TABLE/…``      state of updated rows, see :mod:`dist_dp.checkpoint_rows`
 ``dense/PARAMETER``         dense layers
 ``optimizer/PARAMETER/…``   state of their optimizer
 ``fixed/NAME``              buffers and frozen parameters
@@ -21,9 +23,11 @@ from torch import Tensor
 from torch.distributed.checkpoint.metadata import Metadata, TensorStorageMetadata
 
 from dist_dp.checkpoint_groups import groups_of, restore_settings
+from dist_dp.checkpoint_rows import RestoredRows, row_state_pieces
 from dist_dp.checkpoint_tensors import Piece
 from dist_dp.distributed import all_reduce_max, rank
 from dist_dp.errors import CheckpointError
+from dist_dp.mechanisms.sparse import SparseNoise
 
 if TYPE_CHECKING:
     from dist_dp.private_model import PrivateModel
@@ -37,7 +41,10 @@ def pieces_of(parts: PrivateModel) -> dict[str, list[Piece]]:
         CheckpointError: The dense optimizer keeps something that is no tensor.
     """
     _agree_on_history(parts)
-    found = _table_pieces(parts)
+    found = _table_pieces(parts) | row_state_pieces(parts.shards)
+    if isinstance(parts.mechanism, SparseNoise):
+        for table, rows in parts.mechanism.kept.items():
+            found[f"kept/{table}"] = [Piece.whole(rows)]
     for name, parameter in parts.recorder.parameters.items():
         found[f"dense/{name}"] = [Piece.whole(parameter.detach())]
     for name, tensor in _optimizer_state(parts).items():
@@ -73,6 +80,10 @@ class Restored:
         saved: What the checkpoint holds.
         same_world: Whether it was saved by as many workers.
 
+    Attributes:
+        pieces: What is read first.
+        row_states: The states of rows; their values are read next.
+
     Raises:
         CheckpointError: The checkpoint holds tensors that this model does not have.
     """
@@ -89,19 +100,23 @@ class Restored:
             self.pieces[f"dense/{name}"] = [Piece.whole(parameter.detach())]
         for name, tensor in parts.fixed.items():
             self.pieces[f"fixed/{name}"] = [Piece.whole(tensor)]
-        kept = ["optimizer/", "schedules/"] + [f"generators/{rank()}/"] * same_world
+        kept = ["kept/", "optimizer/", "schedules/"] + [f"generators/{rank()}/"] * same_world
         for name, described in saved.state_dict_metadata.items():
             if name.startswith(tuple(kept)) and isinstance(described, TensorStorageMetadata):
                 empty = torch.empty(described.size, dtype=described.properties.dtype)
                 self.pieces[name] = [Piece.whole(empty)]
+        self.row_states = RestoredRows(parts.shards, saved)
+        self.pieces |= self.row_states.rows
         self._refuse_unknown(names)
 
     def _refuse_unknown(self, names: set[str]) -> None:
         """Every tensor must have its place, on this rank or on another."""
         tables = {f"tables/{cut.table_id(c.name)}" for cut in self._parts.cuts for c in cut.configs}
         for name in sorted(names - set(self.pieces)):
-            known = name.startswith("generators/") or (
-                name.startswith("tables/") and name.rpartition("/")[0] in tables
+            known = (
+                name.startswith("generators/")
+                or (name.startswith("tables/") and name.rpartition("/")[0] in tables)
+                or (self.row_states.knows(name) and f"tables/{name.split('/')[1]}" in tables)
             )
             # A table's state that lies here was asked for by name already, if it is kept at all.
             here = name.rpartition("/")[0] in {f"tables/{s.table}" for s in self._parts.shards}
@@ -128,6 +143,8 @@ class Restored:
             CheckpointError: The optimizer or the schedules are of another kind.
         """
         parts = self._parts
+        self.row_states.finish()
+        self._finish_kept()
         schedules = self._group("schedules")
         for group, schedule in enumerate(parts.mechanism.schedules):
             schedule.load_state_dict({"step": numbers["step"], **schedules[str(group)]})
@@ -140,6 +157,29 @@ class Restored:
             torch.set_rng_state(states["cpu"])
             if "cuda" in states:
                 torch.cuda.set_rng_state(states["cuda"], parts.device)
+
+    def _finish_kept(self) -> None:
+        kept = {
+            name.removeprefix("kept/"): piece.tensor
+            for name, (piece, *_) in self.pieces.items()
+            if name.startswith("kept/")
+        }
+        mechanism = self._parts.mechanism
+        if not isinstance(mechanism, SparseNoise) or not mechanism.chooses_once:
+            if kept:
+                raise CheckpointError("it holds chosen rows, which this mechanism does not choose")
+            return
+        rows = {
+            cut.table_id(c.name): c.num_embeddings for cut in self._parts.cuts for c in cut.configs
+        }
+        for table, chosen in kept.items():
+            ordered = chosen.dtype == torch.int64 and bool((chosen[1:] > chosen[:-1]).all())
+            inside = not chosen.numel() or (
+                int(chosen[0]) >= 0 and int(chosen[-1]) < rows.get(table, 0)
+            )
+            if not (ordered and inside):
+                raise CheckpointError(f"the chosen rows of table '{table}' are damaged")
+        mechanism.keep(kept, self._parts.shards)
 
     def _finish_optimizer(self) -> None:
         parts = self._parts

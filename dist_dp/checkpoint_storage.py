@@ -197,7 +197,10 @@ class TensorReader(StorageReader):
             held = math.prod(shape) * dtype.itemsize
             left[name] -= held
             if left[name] < 0 or start + held > sizes[name]:
-                raise ValueError(f"it claims more of '{key[0]}' than '{name}' holds")
+                raise CheckpointError(
+                    f"'{self.folder / name}' is damaged: it is shorter than the index says (tensor "
+                    f"'{key[0]}'): put a copy of the checkpoint back, or start a new run"
+                )
 
     def set_up_storage_reader(
         self, metadata: Metadata, is_coordinator: bool, *args: Any, **kwargs: Any

@@ -57,7 +57,7 @@ class _Entries:
         for config in cut.configs:
             for name in config.feature_names:
                 readers.setdefault(name, []).append(cut.table_id(config.name))
-        tables = [readers.get(key, []) for key in features.keys()]
+        tables = [readers.get(key, []) for key in list(features.keys())]
         keys = torch.div(bags, stride, rounding_mode="floor")
         return cls(features, tables, bags - keys * stride, keys)
 

@@ -16,6 +16,7 @@ Example:
 
 from __future__ import annotations
 
+import hashlib
 import math
 import secrets
 import uuid
@@ -43,13 +44,15 @@ from dist_dp.ledger_address import default_ledger, ledger_address
 from dist_dp.ledger_entry import Position
 from dist_dp.loader import PoissonLoader, as_source
 from dist_dp.look_ahead import FeaturesOf, LookAhead
-from dist_dp.mechanisms import mechanism_class
+from dist_dp.mechanisms import SparseNoise, mechanism_class
 from dist_dp.optimizer import LossReduction, PrivateOptimizer
 from dist_dp.optimizer_settings import optimizer_settings, rates_of
 from dist_dp.plan import Mechanism as MechanismName
 from dist_dp.plan import PrivacyPlan
 from dist_dp.private_model import PrivateModel, build_private_model
 from dist_dp.release_progress import Report, progress_callback
+from dist_dp.row_choice import choose_rows
+from dist_dp.row_counts import tables_of
 from dist_dp.sampling import PoissonSampler
 from dist_dp.schedules import ScheduleConfig
 from dist_dp.sharding import ShardingKind, TableOptimizer
@@ -87,6 +90,8 @@ class PrivacyEngine:
             that after a crash a replay that comes out the same is not charged again; see
             :mod:`dist_dp.trail`. Without it every replayed step is charged again.
         fence: Rank 0's attempt at the run, where another one may take its place.
+        owner: Tells the run from others of its name, in all its attempts; by default the place of
+            the trail does.
         secret: 32-byte secret for reproducible tests. Leave it out: the operating system makes
             one. A given secret marks the run as not private.
         device: Where tables and dense layers live; by default where the model is.
@@ -112,6 +117,7 @@ class PrivacyEngine:
         resume_from: str | Path | None = None,
         trail: str | Path | None = None,
         fence: Fence | None = None,
+        owner: str | None = None,
         secret: bytes | None = None,
         device: torch.device | str | None = None,
         settings: Mapping[str, Any] | None = None,
@@ -128,6 +134,8 @@ class PrivacyEngine:
         self.resume_from = Path(resume_from) if resume_from else None
         self.trail = Path(trail) if trail else None
         self.fence = fence
+        place = str(self.trail.resolve()) if self.trail else ""
+        self._owner = owner or hashlib.sha256(place.encode()).hexdigest()[:32]
         self.device = None if device is None else torch.device(device)
         self.noise_grid = noise_grid
         self.noise_rounds = noise_rounds
@@ -177,10 +185,11 @@ class PrivacyEngine:
         """As :meth:`make_private`, with the noise calibrated to (ε, δ) over the planned steps."""
         whose = _users(data_loader, max_records_per_user, users)
         plan = self._plan(
+            module,
             data_loader,
             None,
             max_grad_norm,
-            None,
+            target_delta,
             epochs,
             steps,
             expected_batch_size,
@@ -253,6 +262,7 @@ class PrivacyEngine:
         """
         whose = _users(data_loader, max_records_per_user, users)
         plan = self._plan(
+            module,
             data_loader,
             noise_multiplier,
             max_grad_norm,
@@ -277,6 +287,7 @@ class PrivacyEngine:
 
     def _plan(
         self,
+        module: nn.Module,
         data_loader: Any,
         noise_multiplier: float | None,
         max_grad_norm: float,
@@ -295,7 +306,7 @@ class PrivacyEngine:
             raise ConfigError("expected_batch_size is missing: the data_loader has no batch_size")
         if (epochs is None) == (steps is None):
             raise ConfigError("give either epochs or steps")
-        return PrivacyPlan(
+        plan = PrivacyPlan(
             mechanism=cast("MechanismName", self.mechanism_class.name),
             noise_multiplier=None if self.mechanism_class.name == "none" else noise_multiplier,
             max_grad_norm=max_grad_norm,
@@ -311,6 +322,7 @@ class PrivacyEngine:
             noise_multiplier_schedule=noise_multiplier_schedule,
             sparse=self.sparse,
         )
+        return plan.with_choice({t.table: t.num_rows for t in tables_of(module)})
 
     def _with_grid(
         self,
@@ -345,6 +357,7 @@ class PrivacyEngine:
         fingerprint: str | None = None,
         stop_at_budget: bool = False,
         look_ahead: bool | FeaturesOf = False,
+        features_of: FeaturesOf | None = None,
         users: Any = None,
     ) -> tuple[nn.Module, PrivateOptimizer, PoissonLoader]:
         """As :meth:`make_private`, from a plan made elsewhere (the trainer's way).
@@ -369,6 +382,8 @@ class PrivacyEngine:
             look_ahead: Send and settle the next batch beside the dense part of this one; a function
                 says which features of a batch each collection gets. See
                 :mod:`dist_dp.look_ahead`.
+            features_of: Says which features of a batch each collection gets, for the private choice
+                of rows, where a batch does not tell; see :mod:`dist_dp.batch_features`.
             users: With a plan for users, see :meth:`make_private`.
 
         Returns:
@@ -400,6 +415,9 @@ class PrivacyEngine:
             )
         ensure_process_group()
         secret = self._agree_on_secret()
+        tables = tables_of(module)
+        if plan.sparse is not None and plan.sparse.choice is None:
+            plan = plan.with_choice({t.table: t.num_rows for t in tables})
         self._parts = build_private_model(
             module,
             plan,
@@ -435,8 +453,24 @@ class PrivacyEngine:
             stop_at_budget=stop_at_budget,
             resumed_at=resumed_at,
             restarted=restarted,
+            owner=self._owner,
             position=self._saved_position(),
         )
+        mechanism = self._parts.mechanism
+        # A run that goes on has the rows that it chose.
+        if isinstance(mechanism, SparseNoise) and not mechanism.has_chosen:
+            kept = choose_rows(
+                plan,
+                tables,
+                source,
+                users=whose,
+                features_of=features_of,
+                secret=secret,
+                run_id=self.run_id,
+                accountant=self.accountant,
+                device=self._parts.device,
+            )
+            mechanism.keep(kept, self._parts.shards)
         done = resumed_at[0] if resumed_at else 0
         leases = StepLeases(
             self.accountant,
@@ -491,7 +525,10 @@ class PrivacyEngine:
         After a crash, steps that were run again count again; rank 0 alone knows the ledger.
         """
         events = self.charged_events()
-        return self.parts.mechanism.schedule.step if events is None else sum(events.values())
+        if events is None:
+            return self.parts.mechanism.schedule.step
+        setup = self.parts.plan.step_costs().setup
+        return sum(n for event, n in events.items() if event not in setup)
 
     def charged_events(self) -> dict[PrivacyEvent, int] | None:
         """The steps of :meth:`steps_charged` by event; None with mechanism ``none``.

@@ -10,10 +10,15 @@ from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass, fields
 from typing import TYPE_CHECKING, Any, ClassVar, cast
 
+from dist_dp.bounded_range import selections_pld
 from dist_dp.errors import ConfigError
 
 if TYPE_CHECKING:
     import dp_accounting
+
+# Beyond these dp_accounting has no floats to calculate with; more rate or less noise costs no less.
+_LEAST_RATE = 1e-300
+_MOST_NOISE = 1e100
 
 
 @dataclass(frozen=True, order=True)
@@ -67,8 +72,8 @@ class GaussianEvent(_NoiseEvent):
         from dp_accounting.pld import privacy_loss_distribution
 
         return privacy_loss_distribution.from_gaussian_mechanism(
-            standard_deviation=self.noise_multiplier,
-            sampling_prob=self.sample_rate,
+            standard_deviation=min(self.noise_multiplier, _MOST_NOISE),
+            sampling_prob=max(self.sample_rate, _LEAST_RATE),
             value_discretization_interval=interval,
             neighboring_relation=NeighboringRelation.ADD_OR_REMOVE_ONE,
         )
@@ -81,7 +86,7 @@ class GaussianEvent(_NoiseEvent):
 
     def rough_loss(self) -> tuple[float, float]:
         """Return about the mean of one step's privacy loss, and its largest value."""
-        inverse = 1 / self.noise_multiplier**2
+        inverse = (1 / self.noise_multiplier) * (1 / self.noise_multiplier)  # inf at worst
         mean = self.sample_rate * inverse / 2
         if inverse < 100:
             mean = min(mean, self.sample_rate**2 * math.expm1(inverse))
@@ -114,7 +119,7 @@ class LaplaceEvent(_NoiseEvent):
 
         return privacy_loss_distribution.from_laplace_mechanism(
             self.noise_multiplier,
-            sampling_prob=self.sample_rate,
+            sampling_prob=max(self.sample_rate, _LEAST_RATE),
             value_discretization_interval=interval,
         )
 
@@ -125,7 +130,7 @@ class LaplaceEvent(_NoiseEvent):
     def rough_loss(self) -> tuple[float, float]:
         """Return about the mean of one step's privacy loss, and its largest value."""
         largest = 1 / self.noise_multiplier
-        return self.sample_rate * min(largest, largest**2), largest
+        return self.sample_rate * min(largest, largest * largest), largest
 
 
 @dataclass(frozen=True, order=True)
@@ -182,10 +187,72 @@ class PureEvent:
         return self.epsilon * math.tanh(self.epsilon / 2), self.epsilon
 
 
-PrivacyEvent = GaussianEvent | LaplaceEvent | PureEvent
+@dataclass(frozen=True, order=True)
+class TopKEvent:
+    """Selections of one item after another, each with an ε₀-bounded range: a private top k.
+
+    Guarantee:
+        Bounds what any sequence of so many selections costs, each chosen in the light of those
+        before, where each is an exponential mechanism with probabilities in proportion to
+        exp(ε₀ · count) among what is left, and a unit more raises every count by 1 or not at all
+        (see `dist_dp.bounded_range`). The k largest of counts with Gumbel noise of scale 1/ε₀ are
+        selected so (Durfee and Rogers 2019). For add-or-remove-one unit.
+
+    Args:
+        epsilon0: ε₀ of each selection, above 0.
+        selections: how many there are, over all tables together, 1 or more.
+
+    Raises:
+        ConfigError: a value is out of its range.
+    """
+
+    kind: ClassVar[str] = "top_k"
+    epsilon0: float
+    selections: int
+
+    def __post_init__(self) -> None:
+        """Normalise ε₀ to ``float`` and check both values."""
+        object.__setattr__(self, "epsilon0", float(self.epsilon0))
+        if not (math.isfinite(self.epsilon0) and self.epsilon0 > 0):
+            raise ConfigError(f"epsilon0 of a selection is {self.epsilon0}: give a number above 0")
+        if isinstance(self.selections, bool) or not isinstance(self.selections, int):
+            raise ConfigError(f"selections is {self.selections!r}: give an integer")
+        if self.selections < 1:
+            raise ConfigError(f"selections is {self.selections}: give 1 or more")
+
+    @property
+    def is_private(self) -> bool:
+        """Always."""
+        return True
+
+    def to_dp_event(self, count: int = 1) -> dp_accounting.DpEvent:
+        """Return ``count`` such choices in the vocabulary of ``dp_accounting``.
+
+        A mechanism with an ε₀-bounded range is ε₀²/8-zCDP (Cesar and Rogers 2021).
+        """
+        import dp_accounting as dp
+
+        return dp.ZCDpEvent(count * self.selections * self.epsilon0**2 / 8)
+
+    def pld(self, interval: float) -> Any:
+        """Return the privacy loss distribution that dominates all selections together."""
+        return selections_pld(self.epsilon0, self.selections, interval)
+
+    def times(self, count: int) -> TopKEvent:
+        """Return the one event that ``count`` such choices are: as many selections."""
+        return TopKEvent(self.epsilon0, self.selections * count)
+
+    def rough_loss(self) -> tuple[float, float]:
+        """Return about the mean of the privacy loss, and about its largest value."""
+        mean = self.selections * min(self.epsilon0**2 / 8, self.epsilon0)
+        most = self.selections * self.epsilon0
+        return mean, min(most, mean + 10 * math.sqrt(2 * mean))
+
+
+PrivacyEvent = GaussianEvent | LaplaceEvent | PureEvent | TopKEvent
 
 _KINDS: dict[str, type[PrivacyEvent]] = {
-    kind.kind: kind for kind in (GaussianEvent, LaplaceEvent, PureEvent)
+    kind.kind: kind for kind in (GaussianEvent, LaplaceEvent, PureEvent, TopKEvent)
 }
 
 
@@ -209,7 +276,9 @@ def gaussians_together(
         raise ConfigError("noise_multipliers is empty: give that of each mechanism of the step")
     if min(noise_multipliers) <= 0:
         return GaussianEvent(min(noise_multipliers), sample_rate)
-    return GaussianEvent(sum(s**-2 for s in noise_multipliers) ** -0.5, sample_rate)
+    least = min(noise_multipliers)
+    squares = sum((least / multiplier) ** 2 for multiplier in noise_multipliers)
+    return GaussianEvent(least / math.sqrt(squares), sample_rate)
 
 
 def event_order(event: PrivacyEvent) -> tuple[Any, ...]:

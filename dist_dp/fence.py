@@ -25,6 +25,7 @@ from typing import Any
 
 from dist_dp.accountant import WRITING, Accountant
 from dist_dp.errors import DistDpError, StaleAttemptError
+from dist_dp.limits import read_whole
 
 GIVEN_UP = ".given-up-"
 """Begins the names of folders that were taken from an attempt and not yet removed."""
@@ -87,9 +88,9 @@ class Fence:
     def why_stale(self) -> StaleAttemptError | None:
         """None while this attempt goes on, or why it does not."""
         try:
-            if not self._next.exists() and self._file.read_bytes() == self._token:
+            if not self._next.exists() and read_whole(self._file) == self._token:
                 return None
-        except OSError:
+        except (OSError, ValueError):
             pass  # the run is over, and its private folder gone
         return StaleAttemptError(
             f"attempt {self.number} at the run in '{self._file.parents[2]}' was given up and "

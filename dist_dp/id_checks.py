@@ -144,5 +144,6 @@ def is_among(rows: Tensor, kept: Tensor) -> Tensor:
     """Whether each row is one of the kept ones (int64, sorted), bool of the shape of `rows`."""
     if not kept.numel():
         return torch.zeros_like(rows, dtype=torch.bool)
+    kept = kept.to(rows.device)
     places = torch.searchsorted(kept, rows).clamp_max_(kept.numel() - 1)
     return kept[places] == rows

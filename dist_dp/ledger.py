@@ -17,7 +17,7 @@ from dist_dp.accountant import LocalAccountant
 from dist_dp.accounting import epsilon_of
 from dist_dp.errors import BudgetError, LedgerError
 from dist_dp.events import PrivacyEvent
-from dist_dp.ledger_entry import Entry, Position
+from dist_dp.ledger_entry import MAX_STEP, Entry, Position, canonical, whole_number
 from dist_dp.ledger_file import check_name, repeatable
 from dist_dp.ledger_grant import Forecast, forecast
 from dist_dp.ledger_leases import LeaseLedger, lease_of
@@ -72,9 +72,9 @@ class Ledger(LeaseLedger):
             BudgetError: a run without noise that does not say so.
         """
         check_name("run", run_id)
-        details = dict(details or {})
+        check_name("data set", dataset)
         try:
-            json.dumps(details, allow_nan=False)
+            details = json.loads(canonical(dict(details or {})))
         except (TypeError, ValueError) as error:
             raise LedgerError(
                 f"details of run {run_id!r} do not fit in JSON ({error}): use simple, finite values"
@@ -84,8 +84,13 @@ class Ledger(LeaseLedger):
                 f"run {run_id!r} on data set {dataset!r} adds no noise: choose a private "
                 "mechanism, or say that the run is not private (details: non_private = true)"
             )
+        if costs is not None and costs.planned_steps > MAX_STEP:
+            raise LedgerError(
+                f"run {run_id!r} plans {costs.planned_steps} steps: plan at most {MAX_STEP}"
+            )
+        said = {**({"segments": None} if costs is None else costs.to_json()), "details": details}
         with self._transaction(write=True) as tx:
-            if tx.by_request(request_id) is not None:
+            if tx.repeated(request_id, "run_opened", run_id=run_id, dataset=dataset, **said):
                 return
             if costs is not None:
                 self._state.budget(dataset)
@@ -98,10 +103,7 @@ class Ledger(LeaseLedger):
                 dataset,
                 run_id=run_id,
                 request_id=request_id,
-                details={
-                    **({"segments": None} if costs is None else costs.to_json()),
-                    "details": details,
-                },
+                details=said,
             )
 
     @repeatable
@@ -114,9 +116,10 @@ class Ledger(LeaseLedger):
         Raises:
             LedgerError: the run is unknown.
         """
+        step = whole_number(f"released step of run {run_id!r}", step)
         with self._transaction(write=True) as tx:
             dataset = self._state.run(run_id).dataset
-            if tx.by_request(request_id) is None:
+            if tx.repeated(request_id, "model_released", run_id=run_id, first_step=step) is None:
                 tx.append(
                     "model_released",
                     dataset,
@@ -142,10 +145,10 @@ class Ledger(LeaseLedger):
         Raises:
             LedgerError: the run is unknown or closed already.
         """
-        if not status or status == "open":
+        if not isinstance(status, str) or not status or status == "open":
             raise LedgerError(f"run {run_id!r} cannot be closed as {status!r}: name how it ended")
         with self._transaction(write=True) as tx:
-            if tx.by_request(request_id) is not None:
+            if tx.repeated(request_id, "run_closed", run_id=run_id, status=status) is not None:
                 return
             run = self._state.run(run_id)
             if run.status != "open":
@@ -184,6 +187,15 @@ class Ledger(LeaseLedger):
         """
         with self._transaction(write=False):
             return self._state.run(run_id).status
+
+    def run_owner(self, run_id: str) -> str:
+        """Return who opened a run (``owner`` in its details), empty if that was not said.
+
+        Raises:
+            LedgerError: the run is unknown.
+        """
+        with self._transaction(write=False):
+            return self._state.run(run_id).owner
 
     def forecast(self, run_id: str) -> Forecast | None:
         """Return at which step the budget ends for a run; see `dist_dp.ledger_grant.forecast`.

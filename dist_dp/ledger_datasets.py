@@ -3,13 +3,18 @@
 from __future__ import annotations
 
 import math
+import operator
+from typing import Any
 
 from dist_dp.accounting import epsilon_of
 from dist_dp.errors import BudgetError
-from dist_dp.ledger_entry import Entry
+from dist_dp.figures import round_up
+from dist_dp.ledger_entry import Entry, EntryKind
 from dist_dp.ledger_file import LedgerFile, check_name, repeatable
 from dist_dp.ledger_state import DatasetBudget, Spend
 from dist_dp.ledger_tables import Transaction
+
+UNITS = ("record", "user")
 
 
 class DatasetLedger(LedgerFile):
@@ -41,7 +46,19 @@ class DatasetLedger(LedgerFile):
                 registered under another name.
         """
         check_name("data set", name)
+        check_name(f"fingerprint of data set {name!r}: its", fingerprint)
+        if unit not in UNITS:
+            raise BudgetError(
+                f"data set {name!r} has unit of privacy {unit!r}: give {' or '.join(UNITS)}"
+            )
+        num_records = _number_of_records(name, num_records)
+        epsilon = None if epsilon is None else _number(name, "epsilon", epsilon)
+        delta = None if delta is None else _number(name, "delta", delta)
         with self._transaction(write=True) as tx:
+            kinds: tuple[EntryKind, EntryKind] = ("dataset_registered", "fingerprint_added")
+            before = tx.by_request(request_id)
+            kind = kinds[before is not None and before.kind == kinds[1]]
+            tx.repeated(request_id, kind, dataset=name, fingerprint=fingerprint)
             owner = self._state.owner_of(fingerprint)
             if owner is not None and owner != name:
                 raise BudgetError(
@@ -64,10 +81,6 @@ class DatasetLedger(LedgerFile):
                 if epsilon is None or delta is None:
                     raise BudgetError(
                         f"data set {name!r} is new: give its total budget, epsilon and delta"
-                    )
-                if num_records < 1:
-                    raise BudgetError(
-                        f"data set {name!r} has {num_records} records: give 1 or more"
                     )
                 _check_budget(name, epsilon, delta, num_records, allow_large_delta)
                 tx.append(
@@ -104,21 +117,23 @@ class DatasetLedger(LedgerFile):
         """
         if not reason.strip():
             raise BudgetError(f"budget of data set {name!r}: give a reason for the change")
+        epsilon, delta = _number(name, "epsilon", epsilon), _number(name, "delta", delta)
         with self._transaction(write=True) as tx:
             records = self._state.budget(name).num_records
             _check_budget(name, epsilon, delta, records, allow_large_delta)
-            if tx.by_request(request_id) is None:
+            asked = {"epsilon": epsilon, "delta": delta, "reason": reason}
+            if tx.repeated(request_id, "budget_set", dataset=name, **asked) is None:
                 spent = epsilon_of(self._state.counts(name), delta)
                 if spent > epsilon:
                     raise BudgetError(
-                        f"data set {name!r} has spent ε {spent:.4g} at δ {delta:g}: its budget "
-                        f"cannot be lowered to {epsilon:g}"
+                        f"data set {name!r} has spent ε {round_up(spent)} at δ {delta:g}: its "
+                        f"budget cannot be lowered to {epsilon:g}"
                     )
                 tx.append(
                     "budget_set",
                     name,
                     request_id=request_id,
-                    details={"epsilon": epsilon, "delta": delta, "reason": reason},
+                    details=asked,
                 )
         with self._transaction(write=False):
             return self._state.budget(name)
@@ -159,6 +174,27 @@ class DatasetLedger(LedgerFile):
         with self._transaction(write=False):
             states = self._state.datasets
             return [item.budget for _, item in sorted(states.items()) if item.budget is not None]
+
+
+def _number_of_records(name: str, given: Any) -> int:
+    try:
+        number = 0 if isinstance(given, bool) else operator.index(given)
+    except TypeError:
+        number = 0
+    if number < 1:
+        raise BudgetError(f"data set {name!r} has {given!r} records: give a whole number above 0")
+    return number
+
+
+def _number(name: str, what: str, given: Any) -> float:
+    try:
+        if isinstance(given, str | bool):
+            raise TypeError
+        return float(given)
+    except (TypeError, ValueError, OverflowError):
+        raise BudgetError(
+            f"budget of data set {name!r}: {what} is {given!r}, give a number"
+        ) from None
 
 
 def _first_budget(tx: Transaction, name: str) -> tuple[float, float] | None:

@@ -11,6 +11,7 @@ from __future__ import annotations
 
 import hashlib
 import json
+import operator
 from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any, Literal
@@ -108,6 +109,58 @@ def canonical(value: Any) -> str:
         TypeError, ValueError: JSON has no word for it.
     """
     return json.dumps(value, allow_nan=False, sort_keys=True, separators=(",", ":"))
+
+
+MAX_STEP = 2**31 - 1
+"""The last number a step can have: noise and samples are keyed by 31 bits of it."""
+
+_NUMBERS = ("first_step", "steps")
+_OPTIONAL = ("run_id", "lease_id", "request_id", *_NUMBERS)
+
+
+def whole_number(what: str, value: Any) -> int:
+    """Return a number of steps, or of a step, as a plain ``int``.
+
+    Raises:
+        LedgerError: it is no whole number from 0 to `MAX_STEP`.
+    """
+    try:
+        number = -1 if isinstance(value, bool) else operator.index(value)
+    except TypeError:
+        number = -1
+    if not 0 <= number <= MAX_STEP:
+        raise LedgerError(f"{what} is {value!r}: give a whole number from 0 to {MAX_STEP}")
+    return number
+
+
+def check_writable(fields: Mapping[str, Any]) -> None:
+    """Refuse an entry that a database would give back otherwise than it was written.
+
+    Guarantee:
+        What passes has the same hash when it is read. (``True`` or ``1.0`` would be read as 1, so
+        that one such call would damage the ledger for everybody.)
+
+    Raises:
+        LedgerError: with the field.
+    """
+    for name, value in fields.items():
+        if name == "details" or (value is None and name in _OPTIONAL):
+            continue
+        if name in _NUMBERS:
+            if type(value) is not int or not 0 <= value <= MAX_STEP:
+                raise LedgerError(
+                    f"{name} {value!r} cannot be written to the ledger: give a whole number from 0 "
+                    f"to {MAX_STEP}"
+                )
+        elif type(value) is not str or "\0" in value or not _is_unicode(value):
+            raise LedgerError(
+                f"{name} {value!r} cannot be written to the ledger: give a text of Unicode "
+                "characters, without a zero character"
+            )
+
+
+def _is_unicode(text: str) -> bool:
+    return text.isascii() or not any("\ud800" <= c <= "\udfff" for c in text)
 
 
 def hash_of(fields: Mapping[str, Any]) -> str:

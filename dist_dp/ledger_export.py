@@ -25,7 +25,7 @@ from dist_dp.ledger_entry import (
     check_follows,
 )
 from dist_dp.ledger_state import LedgerState
-from dist_dp.limits import parse_json, read_lines
+from dist_dp.limits import open_regular, parse_json, read_lines
 
 FORMAT, VERSION = "dist-dp-ledger", 2
 
@@ -76,7 +76,7 @@ def verify_export(path: Path) -> tuple[Position, LedgerState]:
         DataError: it cannot be read, or is something else.
     """
     try:
-        with path.open(encoding="utf-8") as file:
+        with open(open_regular(path), encoding="utf-8") as file:
             lines = read_lines(file)
             head = _read_head(next(lines, ""), path)
             position, state = Position.beginning(head.ledger_id), LedgerState()

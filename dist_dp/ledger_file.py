@@ -294,5 +294,5 @@ def check_name(what: str, name: str) -> None:
     Raises:
         LedgerError: with what to give.
     """
-    if not name.strip() or len(name) > 200 or not name.isprintable():
+    if not isinstance(name, str) or not name.strip() or len(name) > 200 or not name.isprintable():
         raise LedgerError(f"{what} name {name!r}: give 1 to 200 printable characters")

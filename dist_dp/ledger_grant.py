@@ -9,6 +9,7 @@ from dataclasses import dataclass
 from dist_dp.accounting import epsilon_of
 from dist_dp.errors import BudgetError, LedgerError
 from dist_dp.events import PrivacyEvent
+from dist_dp.figures import round_up
 from dist_dp.ledger_state import LedgerState
 from dist_dp.run_charges import Rounding, multiple_of, part_of_plan
 from dist_dp.step_costs import max_steps, sum_of
@@ -51,7 +52,7 @@ def grant(state: LedgerState, run_id: str, first_step: int, steps: int) -> tuple
     if granted == 0:
         spent = epsilon_of(already, budget.delta)
         raise BudgetError(
-            f"budget of data set {run.dataset!r} is used up: spent ε {spent:.4g} of "
+            f"budget of data set {run.dataset!r} is used up: spent ε {round_up(spent)} of "
             f"{budget.epsilon:g} at δ {budget.delta:g}, and one more step would pass it; end "
             f"the run here, or raise it with: dist-dp budget set {run.dataset} --epsilon …"
         )

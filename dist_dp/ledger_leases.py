@@ -10,7 +10,7 @@ from dataclasses import replace
 
 from dist_dp.errors import DistDpError, LedgerError
 from dist_dp.ledger_datasets import DatasetLedger
-from dist_dp.ledger_entry import Entry, LedgerDamageError
+from dist_dp.ledger_entry import MAX_STEP, Entry, LedgerDamageError, whole_number
 from dist_dp.ledger_file import repeatable, until_answered
 from dist_dp.ledger_grant import grant
 from dist_dp.ledger_state import Lease, Reservation
@@ -35,18 +35,26 @@ class LeaseLedger(DatasetLedger):
             BudgetError: not even one more step fits.
             LedgerError: the run is unknown or closed, or the request was another one.
         """
-        if first_step < 0 or steps < 1:
+        first_step = whole_number(f"first step of a lease of run {run_id!r}", first_step)
+        steps = whole_number(f"number of steps of a lease of run {run_id!r}", steps)
+        if steps < 1 or first_step + steps - 1 > MAX_STEP:
             raise LedgerError(
-                f"run {run_id!r}: cannot reserve {steps} steps from step {first_step}: give a "
-                "first step of 0 or more and 1 step or more"
+                f"run {run_id!r}: cannot reserve {steps} steps from step {first_step}: give 1 step "
+                f"or more, the last one at most {MAX_STEP}"
             )
         with self._lock:
             if self._shared is None:
                 self._compose_ahead([Reservation(run_id, first_step, steps)])
             with self._transaction(write=True) as tx:
-                before = tx.by_request(request_id)
+                before = tx.repeated(
+                    request_id,
+                    "steps_reserved",
+                    run_id=run_id,
+                    first_step=first_step,
+                    requested=steps,
+                )
                 if before is not None:
-                    return _same_lease(before, run_id, first_step, steps)
+                    return lease_of(before)
                 granted, epsilon, alone = grant(self._state, run_id, first_step, steps)
                 lease = Lease(secrets.token_hex(16), first_step, granted, epsilon, alone)
                 tx.append(
@@ -129,20 +137,21 @@ class LeaseLedger(DatasetLedger):
             failed. A lease that is never settled counts whole.
 
         Raises:
-            LedgerError: the lease is unknown or settled, or fewer steps were leased.
+            LedgerError: the lease is unknown or settled, fewer steps were leased, or the request
+                was another one.
         """
+        used_steps = whole_number(f"number of used steps of lease {lease_id!r}", used_steps)
         with self._transaction(write=True) as tx:
+            if tx.repeated(request_id, "steps_settled", lease_id=lease_id, steps=used_steps):
+                return
             lease = self._state.leases.get(lease_id)
             if lease is None:
-                settled = tx.by_lease(lease_id, "steps_settled")
-                if settled is None:
+                if tx.by_lease(lease_id, "steps_settled") is None:
                     raise LedgerError(
                         f"lease {lease_id!r} is not in the ledger: reserve steps first"
                     )
-                if settled.request_id == request_id:
-                    return
                 raise LedgerError(f"lease {lease_id!r} is settled already: settle a lease once")
-            if not 0 <= used_steps <= lease.steps:
+            if used_steps > lease.steps:
                 raise LedgerError(
                     f"lease {lease_id!r} of run {lease.run_id!r} has {lease.steps} steps, "
                     f"{used_steps} used cannot be: reserve every step before it begins"
@@ -156,17 +165,6 @@ class LeaseLedger(DatasetLedger):
                 request_id=request_id,
                 details={},
             )
-
-
-def _same_lease(entry: Entry, run_id: str, first_step: int, steps: int) -> Lease:
-    """Return what an earlier call with the same request got."""
-    asked = (entry.kind, entry.run_id, entry.first_step, entry.details.get("requested"))
-    if asked != ("steps_reserved", run_id, first_step, steps):
-        raise LedgerError(
-            f"request {entry.request_id!r} was made before with other arguments: use a new "
-            "request_id"
-        )
-    return lease_of(entry)
 
 
 def lease_of(entry: Entry) -> Lease:

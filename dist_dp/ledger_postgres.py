@@ -203,6 +203,9 @@ def _engine(address: LedgerAddress) -> sa.Engine:
         address.url,
         connect_args={key: value for key, value in options.items() if key not in given},
         hide_parameters=True,
+        # Whatever the server or the role says: each statement of a writer has to see what was
+        # committed while the one before waited for the lock.
+        isolation_level="READ COMMITTED",
     )
     return engine.execution_options(schema_translate_map={None: SCHEMA})
 

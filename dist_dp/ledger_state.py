@@ -206,7 +206,8 @@ class LedgerState:
             run_id = str(entry.run_id)
             if run_id in self.runs:
                 raise LedgerError(f"run {run_id!r} opened twice")
-            self.runs[run_id] = RunState(entry.dataset, _costs(details))
+            owner = str((details.get("details") or {}).get("owner", ""))
+            self.runs[run_id] = RunState(entry.dataset, _costs(details), owner=owner)
             item = self.datasets.setdefault(entry.dataset, DatasetState())
             item.run_ids.append(run_id)
         elif entry.kind == "steps_reserved":

@@ -9,6 +9,7 @@ from typing import Any, cast
 
 import sqlalchemy as sa
 
+from dist_dp.errors import LedgerError
 from dist_dp.ledger_entry import (
     RESTORE,
     Entry,
@@ -18,6 +19,7 @@ from dist_dp.ledger_entry import (
     bound,
     canonical,
     check_follows,
+    check_writable,
     checked,
 )
 from dist_dp.limits import parse_json
@@ -142,6 +144,30 @@ class Transaction:
         self.look_up_requests([request_id])
         return self._requests[request_id]
 
+    def repeated(self, request_id: str | None, kind: EntryKind, **asked: Any) -> Entry | None:
+        """Return the entry of an earlier call with the same request, which asked for the same.
+
+        Guarantee:
+            A call is passed over as a repetition only where all that it asks for is in the ledger.
+
+        Args:
+            request_id: of the call.
+            kind: of its entry.
+            asked: what the entry's fields, or else its details, say then.
+
+        Raises:
+            LedgerError: the request was another one.
+        """
+        entry = self.by_request(request_id)
+        if entry is not None:
+            said = {**vars(entry), **entry.details}
+            if entry.kind != kind or any(said.get(key) != asked[key] for key in asked):
+                raise LedgerError(
+                    f"request {request_id!r} was made before with other arguments (entry "
+                    f"{entry.seq}, {entry.kind}): use a new request_id"
+                )
+        return entry
+
     def by_lease(self, lease_id: str, kind: EntryKind) -> Entry | None:
         """Return the entry that granted or settled a lease, if any."""
         for entry in self.appended:
@@ -163,14 +189,11 @@ class Transaction:
         request_id: str | None = None,
         details: dict[str, Any],
     ) -> Entry:
-        """Append one entry, bound to the one before; durable when the transaction has ended."""
-        if kind not in ("steps_reserved", "steps_settled"):
-            # A run without noise may name a data set before anyone registers it.
-            known = sa.select(datasets).where(datasets.c.name == dataset)
-            if self._connection.execute(known).first() is None:
-                self._connection.execute(datasets.insert().values(name=dataset))
-        if kind == "run_opened":
-            self._connection.execute(runs.insert().values(run_id=run_id, dataset=dataset))
+        """Append one entry, bound to the one before; durable when the transaction has ended.
+
+        Raises:
+            LedgerError: a field has a type that would not be read as it was written.
+        """
         text = canonical(details)
         fields: dict[str, Any] = {
             "at": datetime.datetime.now(datetime.UTC).isoformat(timespec="milliseconds"),
@@ -183,6 +206,14 @@ class Transaction:
             "request_id": request_id,
             "details": json.loads(text),
         }
+        check_writable(fields)
+        if kind not in ("steps_reserved", "steps_settled"):
+            # A run without noise may name a data set before anyone registers it.
+            known = sa.select(datasets).where(datasets.c.name == dataset)
+            if self._connection.execute(known).first() is None:
+                self._connection.execute(datasets.insert().values(name=dataset))
+        if kind == "run_opened":
+            self._connection.execute(runs.insert().values(run_id=run_id, dataset=dataset))
         entry = bound(self.head, fields)
         self._rows.append({**vars(entry), "details": text})
         self.head = Position(self.head.ledger_id, entry.seq, entry.hash)

@@ -21,7 +21,7 @@ from pathlib import Path
 from dist_dp.durable import sync_folder
 from dist_dp.errors import LedgerError
 from dist_dp.ledger_entry import LedgerDamageError, Position, canonical
-from dist_dp.limits import parse_json
+from dist_dp.limits import open_regular, parse_json
 
 _SLOT = 512  # one sector, so that a power cut leaves a slot old or new
 _LOCK_WAIT_S = 60.0
@@ -50,10 +50,10 @@ class Witness:
             LedgerError: the file cannot be read, or neither slot is whole.
         """
         try:
-            file = os.open(self.path, os.O_RDONLY)
+            file = open_regular(self.path)
         except FileNotFoundError:
             return None
-        except OSError as error:
+        except (OSError, ValueError) as error:
             raise self._unusable(error) from error
         try:
             return _latest(os.pread(file, 2 * _SLOT, 0)) or self._settled(file)
@@ -87,8 +87,8 @@ class Witness:
             LedgerError: it cannot be written; what was committed is in the ledger all the same.
         """
         try:
-            file = os.open(self.path, os.O_RDWR)
-        except OSError as error:
+            file = open_regular(self.path, os.O_RDWR)
+        except (OSError, ValueError) as error:
             raise self._unusable(error) from error
         try:
             self._lock(file, fcntl.LOCK_EX)
@@ -143,9 +143,10 @@ class Witness:
             with contextlib.suppress(OSError):
                 aside.unlink(missing_ok=True)
 
-    def _unusable(self, error: OSError) -> LedgerError:
+    def _unusable(self, error: Exception) -> LedgerError:
+        why = getattr(error, "strerror", None) or error
         return LedgerError(
-            f"the ledger's witness {self.path} cannot be used ({error.strerror or error}): make it "
+            f"the ledger's witness {self.path} cannot be used ({why}): make it "
             "and its folder readable and writable for this user (what was committed stays charged)"
         )
 

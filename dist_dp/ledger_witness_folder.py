@@ -13,6 +13,7 @@ from dist_dp.errors import LedgerError
 from dist_dp.ledger_address import LedgerAddress, data_folder
 from dist_dp.ledger_entry import LedgerDamageError
 from dist_dp.ledger_witness import Witness
+from dist_dp.limits import read_whole
 
 
 class WitnessFolder:
@@ -47,12 +48,12 @@ class WitnessFolder:
             LedgerError: the file cannot be read or written.
         """
         try:
-            return self.address_file.read_text(encoding="ascii").strip()
+            return read_whole(self.address_file, most=4096).decode("ascii").strip()
         except FileNotFoundError:
             if otherwise is not None:
                 self.expect(otherwise)
             return otherwise
-        except (OSError, UnicodeError) as error:
+        except (OSError, ValueError) as error:
             raise self._unusable(error) from error
 
     def expect(self, ledger_id: str) -> None:

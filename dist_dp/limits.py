@@ -8,6 +8,7 @@ dictionaries.
 
 from __future__ import annotations
 
+import errno
 import json
 import os
 import stat
@@ -30,6 +31,33 @@ MAX_TRAIL_BYTES = 1 << 30
 MAX_LINE_BYTES = 16 << 20
 """A line of an exported ledger holds one entry; a long schedule's events take some kilobytes."""
 
+MAX_COUNT_BYTES = 8 << 30
+"""A file of public row counts, and what it unpacks to."""
+MAX_COUNT_ROWS = 1 << 28
+"""Its lines, each of which takes 16 bytes of memory."""
+
+
+def open_regular(path: Path, flags: int = os.O_RDONLY) -> int:
+    """A descriptor of a regular file; nobody waits for whoever writes to a pipe.
+
+    Args:
+        path: The file; links are followed.
+        flags: How it is opened.
+
+    Raises:
+        OSError: It cannot be opened.
+        ValueError: It is no regular file.
+    """
+    # Without the flag, opening a pipe waits for somebody at its other end.
+    descriptor = os.open(path, flags | os.O_NONBLOCK | os.O_CLOEXEC)
+    kind = os.fstat(descriptor).st_mode
+    if stat.S_ISREG(kind):
+        return descriptor
+    os.close(descriptor)
+    if stat.S_ISDIR(kind):
+        raise IsADirectoryError(errno.EISDIR, os.strerror(errno.EISDIR), str(path))
+    raise ValueError("it is no regular file")
+
 
 def read_whole(path: Path, most: int = MAX_JSON_BYTES) -> bytes:
     """The content of a file that is not too large.
@@ -42,14 +70,11 @@ def read_whole(path: Path, most: int = MAX_JSON_BYTES) -> bytes:
         OSError: It cannot be read.
         ValueError: It is larger, or no regular file.
     """
-    # Without the flag, opening a pipe waits for somebody to write.
-    descriptor = os.open(path, os.O_RDONLY | os.O_NONBLOCK | os.O_CLOEXEC)
+    descriptor = open_regular(path)
     with open(descriptor, "rb") as file:
-        status = os.fstat(descriptor)
-        if not stat.S_ISREG(status.st_mode):
-            raise ValueError("it is no regular file")
-        if status.st_size > most:
-            raise ValueError(f"it has {status.st_size:,} bytes, at most {most:,} are read")
+        size = os.fstat(descriptor).st_size
+        if size > most:
+            raise ValueError(f"it has {size:,} bytes, at most {most:,} are read")
         content = file.read(most + 1)
     if len(content) > most:
         raise ValueError(f"it grew beyond {most:,} bytes while it was read")

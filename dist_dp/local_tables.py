@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import itertools
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -171,14 +171,10 @@ class LocalTables:
         Args:
             arrived: One KeyedJaggedTensor for each lookup of the sharded collection.
         """
-        found = []
-        kernel_of = {kernel.module: kernel for kernel in self.kernels}
-        for lookup, features in zip(self._sharded._lookups, arrived, strict=True):
-            parts = features.split(lookup._feature_splits)
-            for module, part in zip(lookup._emb_modules, parts, strict=True):
-                reads = kernel_of[module].reads(part)
-                found.append([(shard, rows) for shard, rows in reads if not shard.replicated])
-        return found
+        return [
+            [(shard, rows) for shard, rows in kernel.reads(part) if not shard.replicated]
+            for kernel, part in self._parts_of(arrived)
+        ]
 
     def weighted_reads_of(self, arrived: Any) -> list[tuple[TableShard, Tensor, Tensor]]:
         """Shards, local rows and weights of ids that arrived with weights, replicas too.
@@ -188,16 +184,19 @@ class LocalTables:
         Args:
             arrived: One KeyedJaggedTensor for each lookup of the sharded collection.
         """
-        found = []
+        return [
+            (shard, rows, part.weights()[span])
+            for kernel, part in self._parts_of(arrived)
+            for shard, rows, span in kernel.spans(part)
+        ]
+
+    def _parts_of(self, arrived: Any) -> Iterator[tuple[Kernel, Any]]:
+        """Each kernel, and what of ids that arrived is for it."""
         kernel_of = {kernel.module: kernel for kernel in self.kernels}
         for lookup, features in zip(self._sharded._lookups, arrived, strict=True):
             parts = features.split(lookup._feature_splits)
             for module, part in zip(lookup._emb_modules, parts, strict=True):
-                kernel = kernel_of[module]
-                weights = part.weights()
-                for shard, rows, span in kernel.spans(part):
-                    found.append((shard, rows, weights[span]))
-        return found
+                yield kernel_of[module], part
 
     def own_updates(self) -> None:
         """Takes the update away from kernels with shards whose state is more than a weight.

@@ -12,21 +12,20 @@ once, whose noise the schedule already knows: nothing in it depends on the recor
 
 from __future__ import annotations
 
-from collections.abc import Callable
 from concurrent.futures import Future, ThreadPoolExecutor
 from typing import Any
 
 import torch
 from torch import nn
 
+from dist_dp.batch_features import FeaturesOf, only_features
 from dist_dp.cut import CutEmbeddings
 from dist_dp.errors import ConfigError, ModelError
 from dist_dp.loader import PoissonLoader
 from dist_dp.mechanisms import LazyDP
 from dist_dp.optimizer import PrivateOptimizer
 
-FeaturesOf = Callable[[Any], Any]
-"""From a batch of the loader to a KeyedJaggedTensor, or to one for each collection by its path."""
+__all__ = ["FeaturesOf", "LookAhead"]
 
 
 class LookAhead:
@@ -142,23 +141,3 @@ class LookAhead:
             settling.result()
         if self._stream is not None:
             torch.cuda.current_stream(self._device).wait_stream(self._stream)
-
-
-def only_features(batch: Any) -> Any:
-    """A batch's ``sparse_features``, or the one KeyedJaggedTensor in it.
-
-    Raises:
-        ConfigError: There is none, or more than one.
-    """
-    from torchrec import KeyedJaggedTensor
-
-    if hasattr(batch, "sparse_features"):
-        return batch.sparse_features
-    values = batch.values() if isinstance(batch, dict) else batch
-    found = [v for v in values if isinstance(v, KeyedJaggedTensor)]
-    if len(found) != 1:
-        raise ConfigError(
-            f"look_ahead: the batch holds {len(found)} KeyedJaggedTensors; say which one with a "
-            "function from a batch to its features"
-        )
-    return found[0]

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from typing import Any
 
+from dist_dp.figures import round_up
 from dist_dp.noise_grid import spacing_text
 
 
@@ -24,7 +25,9 @@ def model_card(privacy: dict[str, Any], name: str, facts: dict[str, Any]) -> str
         lines += [
             "| | |",
             "| --- | --- |",
-            f"| ε | {privacy['epsilon']:.4f} |" if privacy["epsilon"] is not None else "| ε | ∞ |",
+            "| ε | ∞ |"
+            if privacy["epsilon"] is None
+            else f"| ε | {round_up(privacy['epsilon'], 5)} |",
             f"| δ | {plan['delta']:g} |" if plan["delta"] is not None else "| δ | not set |",
             f"| unit of privacy | one {plan['unit']} |",
             *_users(plan),

@@ -12,7 +12,7 @@ from bisect import bisect_left
 from functools import lru_cache
 from itertools import groupby
 
-from dist_dp.accounting import GaussianEvent
+from dist_dp.events import GaussianEvent, PrivacyEvent
 from dist_dp.schedules import ScheduleConfig, learning_rate_at
 from dist_dp.step_costs import StepCosts
 
@@ -57,7 +57,11 @@ def factor_levels(schedule: ScheduleConfig | None, steps: int) -> tuple[tuple[fl
 
 @lru_cache(maxsize=64)
 def planned_costs(
-    noise_multiplier: float, sample_rate: float, schedule: ScheduleConfig | None, steps: int
+    noise_multiplier: float,
+    sample_rate: float,
+    schedule: ScheduleConfig | None,
+    steps: int,
+    setup: tuple[PrivacyEvent, ...] = (),
 ) -> StepCosts:
     """Return what each step of a run costs.
 
@@ -66,10 +70,12 @@ def planned_costs(
         sample_rate: of every step.
         schedule: factors of the noise multiplier; None for 1 at every step.
         steps: the steps of the run.
+        setup: what is done once before them.
     """
     return StepCosts(
         tuple(
             (GaussianEvent(noise_multiplier * factor, sample_rate), count)
             for factor, count in factor_levels(schedule, steps)
-        )
+        ),
+        setup,
     )

@@ -141,13 +141,7 @@ def optimizer_settings(
     groups = optimizer.param_groups
     given = tables
     if tables is None:
-        kinds = {"SGD": "sgd", "Adagrad": "adagrad"}
-        kind_for_tables: Any = kinds.get(kind.__name__, kind.__name__.lower())
-        tables = TableOptimizer(
-            kind=kind_for_tables,
-            eps=float(groups[0].get("eps", 1e-8)),
-            momentum=_momentum(groups[0], kind_for_tables),
-        )
+        tables = _for_tables(kind, groups[0])
     if tables.momentum and tables.kind != "sgd":
         raise ConfigError(
             f"momentum {tables.momentum} with the table optimizer '{tables.kind}' is not "
@@ -158,6 +152,28 @@ def optimizer_settings(
         kind,
         tuple(_read_group(optimizer, group, tables, given) for group in groups),
         table_lr,
+    )
+
+
+def _for_tables(kind: type[torch.optim.Optimizer], group: Mapping[str, Any]) -> TableOptimizer:
+    """The same optimizer for tables, with the settings of a group.
+
+    Raises:
+        ConfigError: Tables have no such variant of it.
+    """
+    kinds = {"SGD": "sgd", "Adagrad": "adagrad", "Adam": "adam"}
+    kind_for_tables: Any = kinds.get(kind.__name__, kind.__name__.lower())
+    if kind_for_tables == "adam" and group.get("amsgrad"):
+        raise ConfigError(
+            "optimizer Adam with amsgrad=True cannot drive the tables: use amsgrad=False, or pass "
+            "table_optimizer=TableOptimizer('adam') to keep it for the dense layers only"
+        )
+    first, second = group["betas"] if kind_for_tables == "adam" else (0.9, 0.999)
+    return TableOptimizer(
+        kind=kind_for_tables,
+        eps=float(group.get("eps", 1e-8)),
+        momentum=_momentum(group, kind_for_tables),
+        betas=(float(first), float(second)),
     )
 
 

@@ -15,8 +15,9 @@ from pydantic import Field, field_validator, model_validator
 
 from dist_dp.accounting import epsilon_of
 from dist_dp.calibration import calibrate_noise_multiplier
+from dist_dp.choice_budget import choice_event
 from dist_dp.errors import ConfigError
-from dist_dp.events import GaussianEvent, PrivacyEvent
+from dist_dp.events import GaussianEvent, PrivacyEvent, event_from_json, event_to_json
 from dist_dp.noise_grid import (
     check_spacing,
     dense_spacing,
@@ -29,7 +30,7 @@ from dist_dp.plan_checks import check_agreement, check_delta_of
 from dist_dp.schedules import ScheduleConfig, learning_rate_at
 from dist_dp.sparse_settings import ADAPTIVE, SparseSettings
 from dist_dp.statement import not_covered, statement_of
-from dist_dp.step_costs import StepCosts
+from dist_dp.step_costs import StepCosts, sum_of
 
 Mechanism = Literal["none", "dpsgd", "lazydp", "fest", "adafest", "adafest+"]
 
@@ -190,7 +191,9 @@ class PrivacyPlan(PlainModel):
         if self.mechanism == "none":
             return 0.0, 0.0
         multipliers = [
-            event.noise_multiplier for event in self.events() if isinstance(event, GaussianEvent)
+            event.noise_multiplier
+            for event, _ in self.step_costs().segments
+            if isinstance(event, GaussianEvent)
         ]
         return min(multipliers), max(multipliers)
 
@@ -274,7 +277,13 @@ class PrivacyPlan(PlainModel):
         for factor, steps in factor_levels(self.noise_multiplier_schedule, self.steps):
             factors[factor] += steps
         sigma = calibrate_noise_multiplier(
-            epsilon, delta, self.sample_rate, self.steps, self.accountant, factors
+            epsilon,
+            delta,
+            self.sample_rate,
+            self.steps,
+            self.accountant,
+            factors,
+            also=dict.fromkeys(self._setup(), 1),
         )
         changes = {"noise_multiplier": sigma, "delta": delta, "target_epsilon": epsilon}
         return PrivacyPlan(**{**self.model_dump(), **changes})
@@ -296,8 +305,57 @@ class PrivacyPlan(PlainModel):
                 "noise_multiplier is not set: give it, or call calibrate(epsilon, delta)"
             )
         return planned_costs(
-            self.noise_multiplier, self.sample_rate, self.noise_multiplier_schedule, self.steps
+            self.noise_multiplier,
+            self.sample_rate,
+            self.noise_multiplier_schedule,
+            self.steps,
+            self._setup(),
         )
+
+    def _setup(self) -> tuple[PrivacyEvent, ...]:
+        """What is done once before the first step: the private choice of rows, if there is one."""
+        if self.sparse is None or not self.sparse.chooses_privately:
+            return ()
+        if self.sparse.choice is None:
+            raise ConfigError(
+                "what the private choice of rows costs is not known yet: call with_choice(rows of "
+                "each table)"
+            )
+        return (event_from_json(self.sparse.choice),)
+
+    def with_choice(self, num_rows: Mapping[str, int]) -> PrivacyPlan:
+        """Return this plan with the cost of its private choice of rows, if it makes one.
+
+        Args:
+            num_rows: rows of each table of the model, by name.
+
+        Guarantee:
+            The choice alone costs at most `sparse.choice_epsilon` at the plan's δ; its event is the
+            run's step 0, in `step_costs`, so calibration, ledger and statement count it.
+
+        Raises:
+            ConfigError: a table has fewer rows than it is to keep, or δ is not set.
+        """
+        settings = self.sparse
+        if settings is None or settings.rows is None:
+            return self
+        rows = settings.rows_to_choose(num_rows)
+        if not settings.chooses_privately:
+            return self
+        if self.delta is None:
+            raise ConfigError(f"delta is not set: give delta (below 1/num_{self.unit}s)")
+        if not rows:
+            raise ConfigError("sparse.rows keeps every row of every table: choose 'adafest'")
+        assert settings.choice_epsilon is not None  # check_for saw to it
+        event = choice_event(
+            settings.choice_epsilon,
+            self.delta,
+            selections=sum(rows.values()),
+            noise=settings.choice_noise or "gaussian",
+            accountant=self.accountant,
+        )
+        changed = {**settings.model_dump(), "choice": event_to_json(event)}
+        return PrivacyPlan(**{**self.model_dump(), "sparse": changed})
 
     def event_at(self, step: int) -> GaussianEvent:
         """Return what a step costs; see `step_costs` for errors."""
@@ -306,8 +364,10 @@ class PrivacyPlan(PlainModel):
         return event
 
     def events(self, steps: int | None = None) -> dict[PrivacyEvent, int]:
-        """Return what the first ``steps`` steps (all by default) cost; see `step_costs`."""
-        return self.step_costs().between(1, self.steps if steps is None else steps)
+        """Return what the first ``steps`` steps (all by default) cost, and what precedes them."""
+        costs = self.step_costs()
+        taken = costs.between(1, self.steps if steps is None else steps)
+        return sum_of(taken, Counter(costs.setup))
 
     def epsilon(self, charged: Mapping[PrivacyEvent, int] | None = None) -> float:
         """Return ε at the plan's δ.

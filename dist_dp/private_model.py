@@ -25,6 +25,7 @@ from dist_dp.optimizer_settings import OptimizerSettings, TableGroup
 from dist_dp.plan import PrivacyPlan
 from dist_dp.probe import check_outputs_independent
 from dist_dp.row_optimizers import RowOptimizer
+from dist_dp.selection_forecast import forecast_selection, warn_if_dense
 from dist_dp.shard_model import shard_model
 from dist_dp.sharding import ShardingKind, TableOptimizer, embedding_collections
 from dist_dp.step_state import StepState
@@ -219,6 +220,12 @@ def build_private_model(
         for shard in cut.shards:
             shard.noise_key = kernels.derive_key(secret, "tables", shard.table)
             mechanism.prepare(shard)
+    sizes = {
+        cut.table_id(c.name): (c.num_embeddings, c.embedding_dim)
+        for cut in cuts
+        for c in cut.configs
+    }
+    warn_if_dense(forecast_selection(plan, sizes, {}))
     watch_forwards(model, optimizer)
     if mechanism_kind.private and probe_first_forward:
         _probe_first_forward(model)

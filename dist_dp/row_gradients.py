@@ -126,7 +126,10 @@ class RowGradients:
         for index, shard in enumerate(self._shards):
             rows, gradient = self._summed(index)
             if self._replicas is not None:
+                # Replicas want the same rows.
                 everywhere = self._replicas.noted(index)
+                if self._only is not None:
+                    everywhere = self._only(shard)
                 if everywhere is not None and everywhere.numel():
                     total = gradient.new_zeros(everywhere.numel(), gradient.shape[1])
                     total[torch.searchsorted(everywhere, rows)] = gradient

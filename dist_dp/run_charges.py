@@ -46,6 +46,7 @@ class RunState:
         released_step: the last step that a recorded release holds.
         spans: first and last step of each lease, in order, without those given back.
         status: `open`, or how it ended.
+        owner: who opened it, as was said then: one of the same name elsewhere is another run.
     """
 
     dataset: str
@@ -55,6 +56,7 @@ class RunState:
     released_step: int = 0
     spans: dict[str, tuple[int, int]] = field(default_factory=dict)
     status: str = "open"
+    owner: str = ""
 
     def cost_of(self, first_step: int, steps: int) -> dict[PrivacyEvent, int]:
         """Return what steps from ``first_step`` on cost, by event; nothing without noise."""

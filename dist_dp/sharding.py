@@ -32,24 +32,48 @@ _OUR_NAMES = {theirs: ours for ours, theirs in _TORCHREC_NAMES.items()}
 
 @dataclass(frozen=True)
 class TableOptimizer:
-    """The optimizer fused into the backward of sharded tables.
+    """The optimizer of sharded tables: fused into their backward, or of single rows.
 
     Attributes:
-        kind: ``sgd``, ``adagrad`` or ``rowwise_adagrad``. The private mechanisms take ``sgd``.
-        eps: Denominator term of the Adagrads.
+        kind: ``sgd``, ``adagrad``, ``rowwise_adagrad``, or ``adam`` (second moments row-wise). The
+            mechanisms with noise on every row take ``sgd``; ``adam`` is never fused, see
+            :mod:`dist_dp.row_optimizers`.
+        eps: Denominator term of the Adagrads and of Adam.
         momentum: Of ``sgd``, below 1 (PyTorch's, no dampening, not Nesterov); 0 for none.
+        betas: Of ``adam``: decay of its two moments, below 1 each.
     """
 
-    kind: Literal["sgd", "adagrad", "rowwise_adagrad"] = "sgd"
+    kind: Literal["sgd", "adagrad", "rowwise_adagrad", "adam"] = "sgd"
     eps: float = 1e-8
     momentum: float = 0.0
+    betas: tuple[float, float] = (0.9, 0.999)
+
+    def __post_init__(self) -> None:
+        """Refuses moments that never forget.
+
+        Raises:
+            ConfigError: A beta is not in [0, 1).
+        """
+        if len(self.betas) != 2 or not all(0.0 <= beta < 1.0 for beta in self.betas):
+            raise ConfigError(
+                f"betas {self.betas} of the table optimizer: give two numbers, 0 or more and below "
+                "1, such as (0.9, 0.999)"
+            )
 
 
 def make_sharders(optimizer: TableOptimizer) -> list[Any]:
     """TorchRec sharders for pooled and sequence collections with the given fused optimizer.
 
     TorchRec's planner leaves row-wise out on CPU although it runs there; these allow it.
+
+    Raises:
+        ConfigError: The optimizer cannot be fused.
     """
+    if optimizer.kind == "adam":
+        raise ConfigError(
+            "the table optimizer 'adam' cannot be fused into the tables' backward: it needs a "
+            "mechanism that updates single rows; use sgd, adagrad or rowwise_adagrad"
+        )
     from fbgemm_gpu.split_embedding_configs import EmbOptimType
     from torchrec.distributed.embedding import EmbeddingCollectionSharder
     from torchrec.distributed.embeddingbag import EmbeddingBagCollectionSharder

@@ -50,6 +50,8 @@ class SparseSettings(PlainModel):
         choice_epsilon: the ε that the private choice costs, at the plan's δ, out of the plan's.
         choice_noise: how it is made private, `gaussian` or `gumbel`.
         max_rows_per_unit: most rows of a table that one unit counts for in the private choice.
+        choice: what the private choice costs, an event of `dist_dp.events` in simple types; found
+            by `PrivacyPlan.with_choice`.
 
     Raises:
         ConfigError: a value is out of range, or two exclude each other.
@@ -66,6 +68,7 @@ class SparseSettings(PlainModel):
     choice_epsilon: float | None = Field(default=None, gt=0)
     choice_noise: Literal["gumbel", "gaussian"] | None = None
     max_rows_per_unit: int | None = Field(default=None, ge=1)
+    choice: dict[str, float | int | str] | None = None
 
     @field_validator("*", mode="before")
     @classmethod
@@ -150,6 +153,42 @@ class SparseSettings(PlainModel):
                 )
 
     @property
+    def chooses_privately(self) -> bool:
+        """Whether rows are chosen from the training data."""
+        return self.rows is not None and self.frequencies is None
+
+    @property
+    def rows_of_a_unit(self) -> int:
+        """Most rows of a table that a unit counts for in the choice, by default 1."""
+        return self.max_rows_per_unit or 1
+
+    def rows_to_choose(self, num_rows: Mapping[str, int]) -> dict[str, int]:
+        """How many rows of which tables are chosen; the others are kept whole.
+
+        Args:
+            num_rows: rows by unique name of the table.
+
+        Raises:
+            ConfigError: a table does not exist, or has fewer rows than it is to keep; or a number
+                for all tables is above the largest's rows.
+        """
+        if self.rows is None:
+            return {}
+        if isinstance(self.rows, int) and self.rows > max(num_rows.values()):
+            raise ConfigError(
+                f"sparse.rows is {self.rows:,}, but the largest table has "
+                f"{max(num_rows.values()):,} rows: give fewer, or choose 'adafest' to keep all rows"
+            )
+        asked = by_table(self.rows, num_rows, "sparse.rows", default=0)
+        for table, wanted in asked.items():
+            if wanted > num_rows[table] and not isinstance(self.rows, int):
+                raise ConfigError(
+                    f"sparse.rows: {wanted:,} rows of table '{table}' are to be kept, but it has "
+                    f"{num_rows[table]:,}: give at most so many, or leave the table out to keep all"
+                )
+        return {t: k for t, k in asked.items() if 0 < k < num_rows[t]}
+
+    @property
     def share(self) -> float:
         """r, by default a tenth."""
         return 0.1 if self.selection_share is None else self.selection_share
@@ -184,11 +223,13 @@ class SparseSettings(PlainModel):
         """
         deviation = self.selection_multiplier(noise_multiplier) * self.contribution_norm
         if self.threshold is not None:
-            given = by_table(self.threshold, rows, "sparse.threshold")
-            return {t: (tau, _tail(tau, deviation)) for t, tau in given.items()}
+            taus = by_table(self.threshold, rows, "sparse.threshold")
+            return {t: (tau, _tail(tau, deviation)) for t, tau in taus.items()}
         assert self.false_positives is not None
         if isinstance(self.false_positives, dict):
-            targets = by_table(self.false_positives, rows, "sparse.false_positives")
+            targets: dict[str, float] = by_table(
+                self.false_positives, rows, "sparse.false_positives"
+            )
             rates = {t: targets[t] / max(1, rows[t]) for t in rows}
         else:
             rates = dict.fromkeys(rows, self.false_positives / max(1, sum(rows.values())))

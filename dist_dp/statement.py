@@ -4,18 +4,25 @@ from __future__ import annotations
 
 import math
 from collections.abc import Mapping
-from decimal import ROUND_CEILING, Decimal
 from typing import TYPE_CHECKING
 
 from dist_dp.events import PrivacyEvent
+from dist_dp.figures import round_up
 from dist_dp.noise_grid import spacing_text
+from dist_dp.sparse_settings import ADAPTIVE, SPARSE_MECHANISMS
 
 if TYPE_CHECKING:
     from dist_dp.plan import PrivacyPlan
 
-NOT_COVERED: tuple[str, ...] = (
+WATCHERS = (
     "anyone who watches the memory of the training machines, or which table rows are touched "
-    "when: in memory, rows between two reads lack the noise that still waits for them",
+    "when: in memory, rows between two reads lack the noise that still waits for them"
+)
+SPARSE_WATCHERS = (
+    "anyone who watches the memory of the training machines within a step, or which table rows "
+    "it reads (which rows it writes is private, and between two steps the tables are)"
+)
+NOT_COVERED: tuple[str, ...] = (
     "everything in the run folder beside release/: training metrics, reports and checkpoints "
     "are computed from the records without noise (metrics on held-out records likewise)",
     "the choice of hyper-parameters by looking at several runs on the same records, beyond what "
@@ -32,6 +39,7 @@ def not_covered(plan: PrivacyPlan) -> tuple[str, ...]:
         if plan.unit == "user"
         else "a person who stands behind several records: the unit is one record"
     )
+    watchers = SPARSE_WATCHERS if plan.mechanism in SPARSE_MECHANISMS else WATCHERS
     number = f"the number of {plan.unit}s, treated as public"
     bits = "attacks on the low-order bits of floating-point noise"
     if plan.noise_grid is not None:
@@ -40,7 +48,7 @@ def not_covered(plan: PrivacyPlan) -> tuple[str, ...]:
             f"grids, table weights on that of {spacing_text(plan.noise_grid)}), and attacks on "
             "timing"
         )
-    return (*NOT_COVERED, person, number, bits)
+    return (watchers, *NOT_COVERED, person, number, bits)
 
 
 def statement_of(plan: PrivacyPlan, charged: Mapping[PrivacyEvent, int] | None = None) -> str:
@@ -60,11 +68,12 @@ def statement_of(plan: PrivacyPlan, charged: Mapping[PrivacyEvent, int] | None =
             f"This model is not private: it was trained on {plan.num_units:,} {plan.unit}s "
             f"with no privacy guarantee ({reason}). It may reveal any of them."
         )
-    steps = sum((plan.events() if charged is None else charged).values())
+    costs = plan.events() if charged is None else charged
+    steps = sum(costs.values()) - sum(costs.get(e, 0) for e in plan.step_costs().setup)
     falling = "" if plan.clip_schedule is None else " at most, by a schedule fixed in advance,"
     user = plan.unit == "user"
     return (
-        f"This model is (ε, δ)-differentially private with ε = {_round_up(epsilon)} and "
+        f"This model is (ε, δ)-differentially private with ε = {round_up(epsilon)} and "
         f"δ = {plan.delta:g}. The unit of privacy is one {plan.unit} of the training data"
         f"{', with all records that have its key' if user else ''}, "
         "and the guarantee compares data sets that differ by adding or removing one such "
@@ -74,15 +83,40 @@ def statement_of(plan: PrivacyPlan, charged: Mapping[PrivacyEvent, int] | None =
         f"expected){_records(plan)}, "
         f"with gradients{' of users' if user else ''} "
         f"clipped to norm {plan.max_grad_norm:g}{falling} and a noise multiplier of "
-        f"{_noise(plan)}, accounted by {plan.accountant.upper()}. "
+        f"{_noise(plan)}{_selection(plan)}{_choice(plan)}, accounted by "
+        f"{plan.accountant.upper()}. "
         "It covers the released model and anything computed from it, as long as the run's "
         f"noise key stays secret and ChaCha{plan.noise_rounds} is a pseudorandom function. It "
         "does not cover someone who watches the memory of the training machines or which table "
-        f"rows are touched; {not_covered(plan)[-1]}; training metrics "
+        f"rows are {'read' if plan.mechanism in SPARSE_MECHANISMS else 'touched'}; "
+        f"{not_covered(plan)[-1]}; training metrics "
         "computed without noise; the choice of hyper-parameters by comparing several runs on "
         f"the same data; or a person who stands behind several "
         f"{'user keys' if user else 'records'} beyond what a guarantee "
         f"for each {plan.unit} implies. The number of {plan.unit}s is treated as public."
+    )
+
+
+def _selection(plan: PrivacyPlan) -> str:
+    """What else a step's noise multiplier stands for, where rows are selected."""
+    if plan.mechanism not in ADAPTIVE or plan.sparse is None:
+        return ""
+    return (
+        " for each step's selection of rows (by counts of the units that touch them, bounded to "
+        f"norm {plan.sparse.contribution_norm:g}) and gradients together, of which the selection "
+        f"has {plan.sparse.share:.3g}"
+    )
+
+
+def _choice(plan: PrivacyPlan) -> str:
+    """How the rows that are trained at all were chosen."""
+    if plan.sparse is None or plan.sparse.rows is None:
+        return ""
+    if not plan.sparse.chooses_privately:
+        return ", on rows that were chosen by public frequencies"
+    return (
+        ", on rows that were chosen once before by noisy counts, at a cost of ε at most "
+        f"{plan.sparse.choice_epsilon:g} that is part of the above"
     )
 
 
@@ -97,12 +131,3 @@ def _noise(plan: PrivacyPlan) -> str:
     if plan.noise_multiplier_schedule is None:
         return f"{greatest:.5g}"
     return f"{least:.5g} to {greatest:.5g}, by a schedule fixed in advance"
-
-
-def _round_up(value: float, digits: int = 4) -> str:
-    """Write ``value`` with so many significant digits, never below it."""
-    if value == 0:
-        return "0"
-    exact = Decimal(value)
-    quantum = Decimal(1).scaleb(exact.adjusted() - digits + 1)
-    return f"{exact.quantize(quantum, rounding=ROUND_CEILING).normalize():f}"

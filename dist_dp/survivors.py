@@ -1,9 +1,9 @@
 """Which rows survive a step's selection: noisy counts above a threshold, on the rows' owner.
 
 AdaFEST (arXiv 2311.08357, algorithm 1) noises the count of *every* row and keeps those above τ. A
-row that no unit touches has count 0, so all such rows survive with one probability p = P(σ₁C₁z ≥ τ),
-independently: how many and which are drawn by geometric gaps, in O(survivors), as Poisson samples
-are.
+row that no unit touches has count 0, so all such rows survive with one probability
+p = P(σ₁C₁z ≥ τ), independently: how many and which are drawn by geometric gaps, in O(survivors), as
+Poisson samples are.
 """
 
 from __future__ import annotations

@@ -11,6 +11,7 @@ from torch import Tensor
 
 from dist_dp.distributed import all_gather_cat
 from dist_dp.errors import ReleaseError
+from dist_dp.row_state import RowState
 
 
 @dataclass
@@ -33,6 +34,8 @@ class TableShard:
             settled to ``last_step`` with the weight; None without.
         low: What a half-precision weight lacks of its float32 value; see
             :mod:`dist_dp.wide_rows`. None for float32 tables.
+        row_state: What the optimizer keeps for rows that were ever updated, where the update is of
+            single rows (:mod:`dist_dp.row_optimizers`); None otherwise.
         settling: True while rows are being brought up to date; if an error struck meanwhile it
             stays so, and the rows must not leave (see :meth:`check_whole` and :func:`settled`).
     """
@@ -49,6 +52,7 @@ class TableShard:
     noise_key: bytes = b""
     momentum: Tensor | None = field(default=None, repr=False)
     low: Tensor | None = field(default=None, repr=False)
+    row_state: RowState | None = field(default=None, repr=False)
     settling: bool = False
     _history: Tensor | None = field(default=None, repr=False)
 
@@ -71,7 +75,10 @@ class TableShard:
         return self._history is not None
 
     def state_tensors(self) -> dict[str, Tensor]:
-        """Live tensors that a training checkpoint keeps; dimension 0 is the local rows."""
+        """Live tensors that a training checkpoint keeps; dimension 0 is the local rows.
+
+        The row state is kept too, but not here: it has a row only where there was an update.
+        """
         tensors = {"weight": self.weight}
         if self._history is not None:
             tensors["last_step"] = self._history

@@ -62,11 +62,18 @@ def log(x: Float64Array) -> Float64Array:
 
 def log_complement(probability: float) -> float:
     """log(1 - p) for 0 < p < 1, also where 1 - p would round to 1."""
-    if probability >= 0.25:
-        return float(log(np.array([1.0 - probability]))[0])
-    s = probability / (2.0 - probability)  # log(1 - p) = -2 atanh(p / (2 - p))
-    tail = _polynomial(np.array([s * s]), ATANH)
-    return float((-2.0 * s) * (1.0 + tail)[0])
+    return float(log_complements(np.array([probability]))[0])
+
+
+def log_complements(probabilities: Float64Array) -> Float64Array:
+    """log(1 - p) of many, each 0 < p < 1; see `log_complement`."""
+    s = probabilities / (2.0 - probabilities)  # log(1 - p) = -2 atanh(p / (2 - p))
+    tail = _polynomial(s * s, ATANH)
+    tail += 1.0
+    tail *= -2.0 * s
+    large = probabilities >= 0.25
+    tail[large] = log(1.0 - probabilities[large])
+    return tail
 
 
 def sin_cos(t: Float64Array) -> tuple[Float64Array, Float64Array]:

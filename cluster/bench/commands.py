@@ -47,6 +47,12 @@ def step(
     look_ahead: Annotated[
         bool, typer.Option("--look-ahead", help="lazydp settles the next batch beside this one.")
     ] = False,
+    false_positives: Annotated[
+        float | None, typer.Option(min=0, help="adafest: rows a step that no example touches.")
+    ] = None,
+    kept_rows: Annotated[
+        int | None, typer.Option(min=1, help="fest: rows of a table that are trained.")
+    ] = None,
     json_file: Annotated[
         Path | None, typer.Option("--json", help="Write the figures to this file, too.")
     ] = None,
@@ -77,6 +83,8 @@ def step(
         release=release,
         release_every=release_every,
         look_ahead=look_ahead,
+        false_positives=false_positives,
+        kept_rows=kept_rows,
     )
     result = run_step(settings, to_stderr)
     print_step(result)

@@ -161,7 +161,9 @@ def _mechanism(
         return kind(schedule, rounds=plan.noise_rounds)
     kept = None
     if kind.chooses_once:
-        tables = sorted({s.table for s in engine.parts.shards}, key=lambda t: int(t.split(".t")[-1]))
+        tables = sorted(
+            {s.table for s in engine.parts.shards}, key=lambda t: int(t.split(".t")[-1])
+        )
         kept = {
             table: torch.from_numpy(clicks.most_popular(number, settings.kept_rows))
             for number, table in enumerate(tables)

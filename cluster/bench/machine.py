@@ -18,7 +18,7 @@ from pathlib import Path
 from statistics import median
 from typing import Any
 
-from dist_dp.cluster.bench.settings import MECHANISMS, StepSettings
+from dist_dp.cluster.bench.settings import DEFAULT_MECHANISMS, StepSettings
 from dist_dp.cost_model import MachineRates
 from dist_dp.limits import read_json
 from dist_dp.step_counts import all_reduce
@@ -64,9 +64,9 @@ def measure_machine(say: Say, *, threads: int, rounds: int, folder: Path) -> Mac
     rates["disk_bytes_per_second"] = micro.disk_rate(folder)
     say("steps with next to nothing in them")
     few, many = (_empty_steps(empty_settings(n), say) for n in (FEW, MANY))
-    a_table = {n: max(0.0, (many[n] - few[n]) / (MANY - FEW)) for n in MECHANISMS}
+    a_table = {n: max(0.0, (many[n] - few[n]) / (MANY - FEW)) for n in DEFAULT_MECHANISMS}
     rates["table_seconds"] = a_table
-    rates["step_seconds"] = {n: max(0.0, few[n] - FEW * a_table[n]) for n in MECHANISMS}
+    rates["step_seconds"] = {n: max(0.0, few[n] - FEW * a_table[n]) for n in DEFAULT_MECHANISMS}
     say("two processes")
     rates |= _two_processes(many["none"])
     return MachineRates(

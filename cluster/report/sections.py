@@ -9,6 +9,7 @@ from typing import Any
 from dist_dp.cluster.report.text import (
     DASH,
     INFINITY,
+    bound,
     count,
     escape,
     finite,
@@ -101,7 +102,7 @@ def key_figures(summary: Summary) -> str:
     if summary.get("mechanism") == "none":
         epsilon_text = INFINITY
     else:
-        epsilon_text = show(epsilon)
+        epsilon_text = bound(epsilon)
         epsilon_note = f"of a budget of {show(target)}" if target is not None else ""
     if not is_private(summary):
         epsilon_note = "no guarantee"
@@ -204,20 +205,20 @@ def _epsilon_of(summary: Summary) -> str:
     if summary.get("mechanism") == "none":
         return f"{INFINITY} (no guarantee)"
     target = finite(summary.get("target_epsilon"))
-    return show(summary.get("epsilon"), 6) + (f" of {show(target, 6)}" if target else "")
+    return bound(summary.get("epsilon"), 6) + (f" of {show(target, 6)}" if target else "")
 
 
 def _spent(summary: Summary) -> str:
     spent = number(summary.get("dataset_spent_epsilon"))
     budget = finite(summary.get("dataset_budget_epsilon"))
     if spent is None or budget is None or budget <= 0:
-        return show(spent) + ("" if spent is None else " (no budget set)")
+        return bound(spent) + ("" if spent is None else " (no budget set)")
     part = spent / budget
     if not part >= 0:
-        return f"{show(spent)} of {show(budget)}"
+        return f"{bound(spent)} of {show(budget)}"
     tone = "bad" if part > 1 else "main"
     return (
-        f'{show(spent)} of {show(budget)}<svg class="meter" viewBox="0 0 100 6" '
+        f'{bound(spent)} of {show(budget)}<svg class="meter" viewBox="0 0 100 6" '
         'preserveAspectRatio="none" aria-hidden="true">'
         '<rect class="track" width="100" height="6"/>'
         f'<rect class="fill {tone}" width="{100 * min(part, 1):.1f}" height="6"/></svg>'

@@ -6,6 +6,8 @@ import html
 import math
 from typing import Any
 
+from dist_dp.figures import round_up
+
 DASH = "\N{EN DASH}"
 INFINITY = "\N{INFINITY}"
 _SUPERSCRIPT = str.maketrans("-0123456789", "⁻⁰¹²³⁴⁵⁶⁷⁸⁹")
@@ -54,6 +56,12 @@ def show(value: Any, digits: int = 4) -> str:
     if "." in text:
         text = text.rstrip("0").rstrip(".")
     return text.replace("-", "\N{MINUS SIGN}")
+
+
+def bound(value: Any, digits: int = 4) -> str:
+    """Format an upper bound such as ε as :func:`show` does, but rounded up."""
+    x = finite(value)
+    return show(value if x is None or x < 0 else float(round_up(x, digits)), digits)
 
 
 def fixed(value: Any, decimals: int) -> str:

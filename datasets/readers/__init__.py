@@ -83,10 +83,15 @@ def open_reader(
         ConfigError: The schema does not fit the format.
     """
     path = Path(path)
-    if format == "auto":
-        format = detect_format(path)
     if not path.exists():
         raise DataError(f"{path}: no such file or folder; check the path of the data")
+    if not (path.is_file() or path.is_dir()):
+        raise DataError(
+            f"{path}: it is no regular file, and a source is read more than once; write what comes "
+            "out of it to a file"
+        )
+    if format == "auto":
+        format = detect_format(path)
     options = {
         "skip_bad_rows": skip_bad_rows,
         "split_seed": split_seed,

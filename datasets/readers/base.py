@@ -67,7 +67,7 @@ class Reader(ABC):
         """What tells this source from another, or from a later state of itself."""
         try:
             return tuple(identify_file(file) for file in self.files)
-        except OSError as error:
+        except (OSError, ValueError) as error:
             raise DataError(f"{self.path}: cannot be read ({error}); check the file") from error
 
     def check_skipped(self) -> None:

@@ -40,12 +40,21 @@ class Mechanism(ABC):
         table_optimizers: Table optimizers the mechanism is exact for.
         takes_updates: Whether it updates the tables itself, instead of FBGEMM's fused update; see
             :mod:`dist_dp.mechanisms.sparse`.
+        why_these_optimizers: Said where another table optimizer is refused.
+        other_ways: Said there, too.
     """
 
     name: ClassVar[str]
     private: ClassVar[bool]
     table_optimizers: ClassVar[frozenset[str]]
     takes_updates: ClassVar[bool] = False
+    why_these_optimizers: ClassVar[str] = (
+        "its merged noise is exact only where the update is linear in the noise"
+    )
+    other_ways: ClassVar[str] = (
+        ", or a mechanism with noise on few rows, after which any optimizer may follow: 'adafest', "
+        "'fest' or 'adafest+'"
+    )
 
     def __init__(
         self,
@@ -69,11 +78,9 @@ class Mechanism(ABC):
         """
         if kind not in cls.table_optimizers:
             raise ConfigError(
-                f"mechanism '{cls.name}' cannot serve the table optimizer '{kind}': its merged "
-                "noise is exact only where the update is linear in the noise. Use "
-                f"{' or '.join(sorted(cls.table_optimizers))} for the tables (dense layers may "
-                "use any optimizer), or a mechanism with noise on few rows, after which any "
-                "optimizer may follow: 'adafest', 'fest' or 'adafest+'."
+                f"mechanism '{cls.name}' cannot serve the table optimizer '{kind}': "
+                f"{cls.why_these_optimizers}. Use {' or '.join(sorted(cls.table_optimizers))} for "
+                f"the tables (dense layers may use any optimizer){cls.other_ways}."
             )
 
     @property

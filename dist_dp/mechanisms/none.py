@@ -21,6 +21,9 @@ class NoMechanism(Mechanism):
     private = False
     table_optimizers = frozenset({"sgd", "adagrad", "rowwise_adagrad"})
 
+    why_these_optimizers = "FBGEMM updates the tables, by an optimizer that it fuses"
+    other_ways = ""
+
     @cached_property
     def _sets(self) -> TableSets:
         return TableSets()

@@ -12,17 +12,18 @@ what it sees is noised already.
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, ClassVar
 
+import numpy as np
 import torch
 from torch import Tensor
 
 from dist_dp import kernels
 from dist_dp.contributions import KeptRows, contribution_maps
 from dist_dp.distributed import all_gather_cat, all_reduce_sum, rank
-from dist_dp.errors import ConfigError
+from dist_dp.errors import ConfigError, DistDpError
 from dist_dp.id_distribution import IdDistribution
 from dist_dp.mechanisms.base import Mechanism, Read, Schedule
 from dist_dp.row_optimizers import RowOptimizer
@@ -38,7 +39,7 @@ if TYPE_CHECKING:
 
 @dataclass(frozen=True)
 class SelectionStats:
-    """What a step's selection came to. Private: it follows from noised counts alone.
+    """What a step's selection came to: post-processing of noised counts, so covered with them.
 
     Attributes:
         rows: Rows that were noised, over all ranks; a row in several column shards counts once.
@@ -70,7 +71,7 @@ class SparseNoise(Mechanism):
         schedules: They count the steps; no noise is owed.
         plan: σ, C₁, C₂, the expected batch size, thresholds.
         optimizers: The update of each optimizer group of tables.
-        kept: FEST's rows by unique table name.
+        kept: FEST's rows by unique table name, if they are known already; see :meth:`keep`.
         rounds: ChaCha rounds of the noise.
     """
 
@@ -95,13 +96,12 @@ class SparseNoise(Mechanism):
                 f"noise.grid does not go with mechanism '{self.name}': remove it, or use lazydp"
             )
         assert plan.sparse is not None  # the plan saw to it
-        if self.chooses_once != (kept is not None):
-            raise ConfigError(
-                f"mechanism '{self.name}' {'needs' if kept is None else 'takes no'} chosen rows"
-            )
+        if kept is not None and not self.chooses_once:
+            raise ConfigError(f"mechanism '{self.name}' takes no chosen rows")
         self.plan = plan
         self.optimizers = list(optimizers)
         self.kept: dict[str, Tensor] = dict(kept or {})
+        self._has_chosen = kept is not None or not self.chooses_once
         self.last_selection: SelectionStats | None = None
         self._settings = plan.sparse
         self._noise: dict[str, SelectionNoise] = {}
@@ -112,10 +112,28 @@ class SparseNoise(Mechanism):
         self._step = 0
 
     def prepare(self, shard: TableShard) -> None:
-        """Notes which of the chosen rows are here, and derives the selection's key."""
+        """Notes which of the chosen rows are here; derives keys, and makes the empty state."""
+        self.optimizers[shard.group].prepare(shard)
         if shard.table in self.kept:
             self._local[id(shard)] = self._local_part(shard)
         self._noise[shard.table] = SelectionNoise.of_table(shard.noise_key, self.rounds)
+
+    @property
+    def has_chosen(self) -> bool:
+        """Whether it is known which rows are trained at all."""
+        return self._has_chosen
+
+    def keep(self, kept: KeptRows, shards: Iterable[TableShard]) -> None:
+        """Takes over the rows that were chosen, before the first step.
+
+        Args:
+            kept: By unique table name, int64, sorted; tables that are not named keep all rows.
+            shards: The shards here.
+        """
+        self.kept.clear()
+        self.kept.update(kept)
+        self._has_chosen = True
+        self._local = {id(s): self._local_part(s) for s in shards if s.table in self.kept}
 
     def before_lookup(self, reads: Sequence[Read], *, training: bool = True) -> None:
         """Nothing waits."""
@@ -153,6 +171,11 @@ class SparseNoise(Mechanism):
             step: The step in flight.
             rates: Learning rate and weight decay of each group of tables.
         """
+        if not self._has_chosen:
+            raise DistDpError(
+                f"mechanism '{self.name}' has no rows to train yet: they are chosen when the model "
+                "is made private by an engine, or given by keep()"
+            )
         self._step, self._rates = step, list(rates)
         maps, self._maps = self._maps, []
         self._survivors = {}
@@ -203,23 +226,11 @@ class SparseNoise(Mechanism):
                 num_columns=shard.weight.shape[1],
                 rounds=self.rounds,
             )
-            total.add_(noise, alpha=deviation)
+            total.add_(noise, alpha=_rounded_up(deviation))
         learning_rate, weight_decay = self._rates[shard.group]
         self.optimizers[shard.group].update(
             shard, survivors, total, learning_rate=learning_rate, weight_decay=weight_decay
         )
-
-    def expected_false_positives(self, rows: Mapping[str, int], step: int = 1) -> dict[str, float]:
-        """Rows of each table that survive a step in the mean although no unit touches them.
-
-        Args:
-            rows: Rows of each table that may survive at all.
-            step: The step.
-        """
-        if not self.adaptive:
-            return dict.fromkeys(rows, 0.0)
-        found = self._settings.thresholds(self.plan.noise_multiplier_at(step), rows)
-        return {table: probability * rows[table] for table, (_, probability) in found.items()}
 
     def _eligible(self, cuts: Sequence[CutEmbeddings]) -> dict[str, int]:
         """Rows of each table that may survive."""
@@ -245,8 +256,9 @@ class SparseNoise(Mechanism):
 
     def _range_of_kept(self, shard: TableShard) -> tuple[int, int]:
         """Where the chosen rows of a shard begin and end among the table's."""
-        bounds = torch.tensor([shard.row_offset, shard.row_offset + shard.weight.shape[0]])
-        first, last = torch.searchsorted(self.kept[shard.table], bounds).tolist()
+        kept = self.kept[shard.table]
+        bounds = [shard.row_offset, shard.row_offset + shard.weight.shape[0]]
+        first, last = torch.searchsorted(kept, torch.tensor(bounds, device=kept.device)).tolist()
         return first, last
 
     def _chosen(
@@ -304,9 +316,13 @@ class SparseNoise(Mechanism):
         self.last_selection = SelectionStats(*total.tolist())
 
 
-def _counted(
-    cut: CutEmbeddings, lookups: Sequence[Any]
-) -> dict[int, tuple[Tensor, Tensor]]:
+def _rounded_up(value: float) -> float:
+    """The least float32 that is not below a value: noise is never weakened."""
+    nearest = np.float32(value)
+    return float(nearest if nearest >= value else np.nextafter(nearest, np.float32(np.inf)))
+
+
+def _counted(cut: CutEmbeddings, lookups: Sequence[Any]) -> dict[int, tuple[Tensor, Tensor]]:
     """Touched local rows of each shard, ascending, and their counts, float64; a collective."""
     parts: dict[int, list[tuple[Tensor, Tensor]]] = {id(s): [] for s in cut.shards}
     for features in lookups:

@@ -54,6 +54,8 @@ def _arrange(harm: dict[str, Any], done: Path) -> None:
             return
         done.touch()
         kind = harm.get("kind", "killed")
+        if kind == "raised":
+            raise ArithmeticError("this worker's own trouble")
         if kind == "hung":
             time.sleep(10_000)
         if kind.startswith("met"):  # by what the test does now

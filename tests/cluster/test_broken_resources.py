@@ -115,6 +115,28 @@ def test_the_accountant_is_killed_within_a_lease(
     assert Ledger(ledger).open_leases("run") == []
 
 
+@pytest.mark.timeout(900)
+def test_the_accountant_is_killed_at_every_moment(
+    undisturbed: Path, tmp_path: Path, clicks: Path
+) -> None:
+    """Whatever the worker is at: asking, training, saving, releasing."""
+    ledger = tmp_path / "ledger.sqlite"
+    pids: list[int] = []
+
+    def kill() -> None:
+        pids.append(AccountantClient(ledger).pid())
+        os.kill(pids[-1], signal.SIGKILL)
+
+    moments = ("before charge", "after charge", "mid-update", "mid-checkpoint", "mid-release")
+    moments += ("after the release is recorded", "after the release is out")
+    harms = [harm(moment, kind="met") for moment in moments]
+    with meeting(tmp_path, *[kill] * len(harms)):
+        train(values_of(tmp_path, clicks, harms))
+    assert came_true(tmp_path, harms) and len(set(pids)) == len(harms)
+    assert same_model(tmp_path, undisturbed) and charged(tmp_path) == STEPS
+    assert Ledger(ledger).open_leases("run") == [] and Ledger(ledger).run_status("run") != "open"
+
+
 def test_the_ledgers_file_is_locked_for_a_while(
     undisturbed: Path, tmp_path: Path, clicks: Path
 ) -> None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import time
 from pathlib import Path
 from typing import Any
 
@@ -10,6 +11,7 @@ import torch
 
 from dist_dp.cluster.config import parse_config
 from dist_dp.cluster.trainer import Trainer
+from dist_dp.errors import DistDpError
 from dist_dp.ledger import Ledger
 from dist_dp.released import Release
 from tests.cluster.faulty import MOMENTS
@@ -134,3 +136,35 @@ def test_a_worker_that_hangs_is_started_again(
     summary = fit(tmp_path, clicks, harms, hang_timeout_s=6.0, max_failures=5)
     assert summary["steps"] == STEPS and charged(tmp_path) == STEPS
     assert same_model(tmp_path, undisturbed[0])
+
+
+@pytest.mark.ray
+@pytest.mark.slow
+@pytest.mark.parametrize("max_failures", [0, 2])
+def test_one_workers_own_trouble_ends_the_run(
+    tmp_path: Path, clicks: Path, max_failures: int
+) -> None:
+    """The other worker waits for it in a collective; nobody waits for ``hang_timeout_s``."""
+    harms = [harm("mid-update", rank=0, kind="raised")]
+    values = values_of(tmp_path, clicks, harms, cluster={"max_failures": max_failures})
+    began = time.monotonic()
+    with pytest.raises(DistDpError, match="this worker's own trouble"):
+        Trainer(parse_config(values)).fit()
+    assert came_true(tmp_path, harms)
+    assert time.monotonic() - began < 240  # a minute where nothing else runs
+
+
+@pytest.mark.ray
+@pytest.mark.slow
+@pytest.mark.chaos
+@pytest.mark.timeout(900)
+def test_a_worker_hangs_at_every_moment(
+    undisturbed: tuple[Path, dict[str, Any]], tmp_path: Path, clicks: Path
+) -> None:
+    """The watchdog ends it while they train; in a release, the other one waits no longer."""
+    moments = ("before charge", "after charge", "mid-update", "mid-checkpoint", "mid-release")
+    harms = [harm(moment, kind="hung") for moment in moments]
+    summary = fit(tmp_path, clicks, harms, hang_timeout_s=8.0, max_failures=12)
+    assert summary["steps"] == STEPS and charged(tmp_path) == STEPS
+    assert same_model(tmp_path, undisturbed[0])
+    assert Ledger(tmp_path / "ledger.sqlite").run_status("run") == "completed"

@@ -59,6 +59,21 @@ def test_a_run_without_a_head_ends(
     assert isinstance(caught.value.__cause__, ConnectionError)
 
 
+def test_actors_that_end_before_the_head_are_no_other_reason(
+    listener: socket.socket, tmp_path: Path
+) -> None:
+    """As when a cluster is taken down: its nodes end one by one."""
+    import ray
+
+    def fails() -> None:
+        threading.Timer(1.5, listener.close).start()
+        raise ray.exceptions.ActorDiedError()
+
+    with pytest.raises(HeadLostError) as caught:
+        head_at(listener, tmp_path).while_there(fails)
+    assert isinstance(caught.value.__cause__, ray.exceptions.ActorDiedError)
+
+
 def test_a_stale_attempt_does_not_speak_for_the_run() -> None:
     """Whether it fails before the attempt in its place has joined, or after."""
     monitor = _Monitor()

@@ -40,7 +40,7 @@ def test_live_line_says_how_far_and_how_private() -> None:
     line({"phase": "starting Ray", "plan": SimpleNamespace(target_epsilon=8.0)})
     assert line.line({"phase": "evaluating"}) == "evaluating …"
     text = line.line(TRAINING)
-    for words in ("step 10/100", "loss 0.5123", "ε ≤ 1.23 of 8", "12,346 examples/s", "left"):
+    for words in ("step 10/100", "loss 0.5123", "ε ≤ 1.24 of 8", "12,346 examples/s", "left"):
         assert words in text
     assert "not private" in line.line({**TRAINING, "epsilon": float("inf")})
     assert "–" not in line.line({**TRAINING, "step": 20})  # Now the time left is known.

@@ -18,7 +18,8 @@ from dist_dp.cluster.finish import checkpoint_folder
 from dist_dp.cluster.monitor import NAMESPACE, monitor_name
 from dist_dp.cluster.run_folder import read_summary
 from dist_dp.cluster.trainer import Trainer
-from dist_dp.errors import CheckpointError
+from dist_dp.errors import CheckpointError, ConfigError, DistDpError
+from dist_dp.ledger import Ledger
 from dist_dp.released import Release
 from tests.cluster.small import charged_steps, run, small, start, write_config
 
@@ -29,8 +30,14 @@ from tests.cluster.small import charged_steps, run, small, start, write_config
 def test_an_interrupted_run_goes_on(tmp_path: Path, clicks: Path) -> None:
     import ray
 
+    refusals: list[str] = []
+
     def stop_soon(progress: dict[str, Any]) -> None:
         if progress.get("step", 0) >= 2:
+            if not refusals:  # a second driver, while the first is at work
+                with pytest.raises(ConfigError) as caught:
+                    Trainer.resumed(tmp_path / "runs" / "long").fit()
+                refusals.append(str(caught.value))
             monitor = ray.get_actor(monitor_name("long"), namespace=NAMESPACE)
             monitor.request_stop.remote()
 
@@ -44,6 +51,7 @@ def test_an_interrupted_run_goes_on(tmp_path: Path, clicks: Path) -> None:
     stopped = first.fit()
     folder = first.run_folder
     assert folder is not None
+    assert f"is under way: process {os.getpid()}" in refusals[0]
     assert stopped["status"] == "interrupted" and 2 <= stopped["steps"] < 80
     checkpoint = find_checkpoint(checkpoint_folder(folder))
     assert (checkpoint / "secret").exists()
@@ -58,6 +66,24 @@ def test_an_interrupted_run_goes_on(tmp_path: Path, clicks: Path) -> None:
     ):
         refused = run("train", "--resume", folder, *options)
         assert refused.exit_code == 1 and words in refused.stderr
+
+    # A run of its name in another folder is another run.
+    twin = {
+        **values,
+        "privacy": {**values["privacy"], "stop_at_budget": True},
+        "output": {"name": "long", "folder": str(tmp_path / "elsewhere")},
+    }
+    with pytest.raises(ConfigError, match=r"'long' is in the ledger already.*another --name"):
+        Trainer(parse_config(twin)).fit()
+    assert not (tmp_path / "elsewhere" / "long").exists()
+    # Also if both were begun at the same time, which the workers notice.
+    with (
+        pytest.MonkeyPatch.context() as patch,
+        pytest.raises(DistDpError, match="'long' is in the ledger already"),
+    ):
+        patch.setattr("dist_dp.cluster.trainer._check_account_is_free", lambda *_: None)
+        Trainer(parse_config(twin)).fit()
+    assert Ledger(tmp_path / "ledger.sqlite").run_status("long") == "open"
 
     # It may go on elsewhere.
     done = run("train", "--resume", folder, "--workers", "1", "--set", "model.sharding=row_wise")

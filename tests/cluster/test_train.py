@@ -23,6 +23,7 @@ from dist_dp.cluster.serving import evaluate_release, load_model
 from dist_dp.cluster.trainer import Trainer
 from dist_dp.cluster.worker import fixed_secret
 from dist_dp.errors import BudgetError, ConfigError, DistDpError, ModelError
+from dist_dp.figures import round_up
 from dist_dp.ledger import Ledger
 from dist_dp.released import Release
 from tests.cluster.small import charged_steps, run, runs_left, small, start, write_config
@@ -270,7 +271,7 @@ def test_release_loads(trained: Run) -> None:
 
 def test_model_card_states_the_guarantee(trained: Run) -> None:
     summary, card = trained.summary, trained.card
-    assert f"| ε | {summary['epsilon']:.4f} |" in card
+    assert f"| ε | {round_up(summary['epsilon'], 5)} |" in card
     assert f"| δ | {summary['delta']:g} |" in card
     assert "| unit of privacy | one record |" in card
     assert "adding or removing one record" in card

@@ -11,6 +11,7 @@ import pytest
 from dist_dp.datasets.hashing import hash_tokens
 from dist_dp.datasets.readers import open_reader
 from dist_dp.datasets.schema import DataSchema
+from dist_dp.datasets.store import convert
 from dist_dp.errors import ConfigError, DataError
 
 SCHEMA = DataSchema.model_validate(
@@ -74,6 +75,29 @@ def test_a_folder_is_read_in_order_of_names(tmp_path: Path) -> None:
     prices = [row[0] for batch in reader for row in batch.column("dense").to_pylist()]
     assert prices == [1, 2, 0, 3, 3, 3]
     assert reader.bytes_read == reader.total_bytes
+
+
+def test_the_same_records_in_other_files_have_the_same_fingerprint(tmp_path: Path) -> None:
+    """Otherwise the ledger takes them for others, and gives them a budget of their own."""
+    table = pq.read_table(write(tmp_path / "whole.parquet"))
+    (tmp_path / "parts").mkdir()
+    for row in range(3):
+        pq.write_table(table.slice(row, 1), tmp_path / "parts" / f"{row}.parquet")
+    found = {
+        convert(
+            tmp_path / name,
+            tmp_path / f"{name} store",
+            format="parquet",
+            schema=SCHEMA,
+            split=None,
+        ).fingerprint
+        for name in ("whole.parquet", "parts")
+    }
+    assert len(found) == 1
+    # Nor are ids taken for those of the record beside.
+    moved = write(tmp_path / "moved.parquet", seen=[[1], [1, None], [4]])
+    other = convert(moved, tmp_path / "moved store", schema=SCHEMA, split=None).fingerprint
+    assert other not in found
 
 
 @pytest.mark.parametrize(

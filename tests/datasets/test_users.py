@@ -58,6 +58,20 @@ def test_a_hash_of_the_user_lies_beside_the_record(tmp_path: Path, kind: str) ->
     assert (users.num_users, users.num_records) == (len(set(numbers.tolist())), 500)
 
 
+@pytest.mark.parametrize("kind", ["int64", "uint64"])
+def test_users_may_be_any_integer_of_64_bits(tmp_path: Path, kind: str) -> None:
+    """Hashes without a sign were said to be an unreadable file."""
+    ends = np.iinfo(kind)
+    who = [int(ends.max), int(ends.min), 7, int(ends.max) - 1] * 5
+    source = write(tmp_path, pa.array(who, getattr(pa, kind)()))
+    convert(source, tmp_path / "store", schema=WITH_USERS, split=None)
+    keys = ArrowStore.open(tmp_path / "store").split("all").user_keys()
+    assert len(set(zip(who, keys.tolist(), strict=True))) == len(set(keys.tolist())) == 4
+    text = write(tmp_path, [str(key) for key in who], "text.parquet")
+    convert(text, tmp_path / "other", schema=WITH_USERS, split=None)
+    assert ArrowStore.open(tmp_path / "other").split("all").user_keys().tolist() == keys.tolist()
+
+
 def test_records_and_split_do_not_depend_on_the_column(tmp_path: Path) -> None:
     """So the ledger knows the same records again, whatever their unit of privacy."""
     source = write(tmp_path, np.arange(500) % 7)

@@ -80,6 +80,7 @@ def go_on(
     optimizer: Callable[[nn.Module], torch.optim.Optimizer] = adam,
     table_lr: float | None = 0.5,
     falling: bool = True,
+    tables: TableOptimizer | None = None,
     **options: Any,
 ) -> Run:
     """Trains from the start, or from the checkpoint in ``home``, to a step.
@@ -95,7 +96,8 @@ def go_on(
         save: Save one at the end.
         fixed: Fills a buffer that nothing changes.
         dropout: Its rate; each rank draws for its own examples.
-        optimizer: Of all parameters; tables have SGD.
+        optimizer: Of all parameters.
+        tables: The tables' own; by default SGD.
         table_lr: The tables' learning rate at the start, where it is not their group's.
         falling: Set every learning rate at each step.
         **options: Of the engine.
@@ -111,7 +113,7 @@ def go_on(
         module=module,
         optimizer=optimizer(module),
         data_loader=data_loader(),
-        table_optimizer=TableOptimizer("sgd"),
+        table_optimizer=tables or TableOptimizer("sgd"),
         table_lr=table_lr,
         noise_multiplier=SIGMA,
         max_grad_norm=1.0,

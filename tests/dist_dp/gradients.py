@@ -113,7 +113,12 @@ def build(
     )
     optimizer = optimizer or torch.optim.SGD(model.parameters(), lr=RATE)
     return build_private_model(
-        model, plan, optimizer_settings(optimizer, table_optimizer), secret=secret, sharding=kind, **options
+        model,
+        plan,
+        optimizer_settings(optimizer, table_optimizer),
+        secret=secret,
+        sharding=kind,
+        **options,
     )
 
 

@@ -60,7 +60,7 @@ def contributions(
             if table.startswith(collection):
                 for feature in features:
                     readers[feature].append(table)
-        for key in data.sparse[number].keys():
+        for key in list(data.sparse[number].keys()):
             for record in unit:
                 bag = data.select([record]).sparse[number][key].values().tolist()
                 for place, row in enumerate(bag):

@@ -11,6 +11,7 @@ from unittest import mock
 import torch
 
 from dist_dp import contributions
+from dist_dp.distributed import world_size
 from dist_dp.mechanisms import sparse
 from dist_dp.private_model import PrivateModel
 from dist_dp.sparse_settings import SparseSettings
@@ -27,26 +28,32 @@ SETTINGS = {
     "fest": SparseSettings(**CHOSEN),
     "adafest+": SparseSettings(**ADAPTIVE, **CHOSEN),
 }
+KINDS_OF: dict[int, tuple[str, ...]] = {
+    1: ("table_wise", "data_parallel"),
+    2: tuple(KINDS),
+    4: ("table_row_wise", "grid", "mixed"),
+}
+"""Kinds of sharding by the number of workers."""
 SOME_KINDS = ("data_parallel", "row_wise", "mixed")
+"""Of two workers, for everything but AdaFEST on records."""
 
 
 def sparse_run(mechanism: str, kind: Any, **options: Any) -> dict[str, Any]:
     """One run; see :func:`private_run`."""
     kept = None if mechanism == "adafest" else kept_rows()
-    return private_run(
-        kind, mechanism=mechanism, sparse=SETTINGS[mechanism], kept=kept, **options
-    )
+    return private_run(kind, mechanism=mechanism, sparse=SETTINGS[mechanism], kept=kept, **options)
 
 
 def all_runs(local_size: int | None) -> dict[Any, Any]:
-    """AdaFEST on every kind, with gradients and without; the others on some."""
+    """AdaFEST on the world's kinds, with gradients and without; the others on some."""
     if local_size is not None:
         os.environ["LOCAL_WORLD_SIZE"] = str(local_size)
     found: dict[Any, Any] = {}
-    for name, kind in KINDS.items():
+    for name in KINDS_OF[world_size()]:
+        kind = KINDS[name]
         found["adafest", name, "records"] = sparse_run("adafest", kind)
         found["adafest", name, "zero"] = sparse_run("adafest", kind, zero=True)
-    for name in SOME_KINDS:
+    for name in SOME_KINDS if world_size() == 2 else ():
         kind = KINDS[name]
         found["fest", name, "records"] = sparse_run("fest", kind)
         found["adafest+", name, "records"] = sparse_run("adafest+", kind)

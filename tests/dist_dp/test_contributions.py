@@ -1,4 +1,4 @@
-"""Contribution maps: what units send for their rows, against Python sets, and how far one reaches."""
+"""Contribution maps: what units send for their rows, by Python sets, and how far one reaches."""
 
 from __future__ import annotations
 

@@ -142,6 +142,34 @@ def test_what_makes_no_sense_is_named() -> None:
     assert epsilon_of({LaplaceEvent(0.0): 1}, DELTA) == math.inf
 
 
+@pytest.mark.parametrize("kind", [GaussianEvent, LaplaceEvent])
+@pytest.mark.parametrize("noise", [1e-320, 1e-200, 1e-8, 1e-3, 1e200, 1e308])
+def test_any_noise_has_a_bound(kind: type[GaussianEvent | LaplaceEvent], noise: float) -> None:
+    """An error that is no `DistDpError` here ended other jobs' calls of the accountant too."""
+    found = epsilon_of({kind(noise, 1e-3): 100}, DELTA)
+    assert found == (math.inf if noise < 1 else 0.0)
+    assert delta_of({kind(noise, 1e-3): 100}, 1.0) == pytest.approx(float(noise < 1), abs=1e-12)
+
+
+@pytest.mark.parametrize("rate", [1e-320, 1e-17, 1 - 2**-53])
+def test_any_sample_rate_has_a_bound(rate: float) -> None:
+    low = epsilon_of({GaussianEvent(5.0, rate): 100}, DELTA)
+    assert 0 <= low <= epsilon_of({GaussianEvent(5.0, 1.0): 100}, DELTA) * (1 + 1e-6)
+    assert (low > 1) == (rate > 0.5)
+
+
+def test_a_pure_event_of_any_size_has_a_bound() -> None:
+    assert epsilon_of({PureEvent(800.0): 10}, DELTA) == math.inf
+    assert epsilon_of({PureEvent(1e300): 10}, DELTA) == math.inf
+
+
+def test_several_gaussians_of_any_noise_are_one() -> None:
+    assert gaussians_together([3e200, 4e200], 0.1).noise_multiplier == pytest.approx(2.4e200)
+    assert gaussians_together([1e-320, 1.0], 0.1).noise_multiplier == 1e-320
+    with pytest.raises(ConfigError, match="nan"):
+        gaussians_together([1.0, math.nan], 0.1)
+
+
 @pytest.mark.slow
 def test_a_million_steps_take_under_two_seconds() -> None:
     dp.pld  # noqa: B018  # imported before the clock starts

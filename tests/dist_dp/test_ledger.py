@@ -233,7 +233,7 @@ def test_runs_must_be_new_and_known(ledger: Ledger) -> None:
     with pytest.raises(LedgerError, match="JSON"):
         ledger.open_run("c", "clicks", StepCosts.constant(EVENT, 10), {"x": math.nan})
     for first, steps in ((-1, 1), (0, 0), (0, -5)):
-        with pytest.raises(LedgerError, match="cannot reserve"):
+        with pytest.raises(LedgerError, match=r"cannot reserve|give a whole number"):
             ledger.reserve("a", first, steps)
     ledger.close_run("a", "finished")
     with pytest.raises(LedgerError, match="closed"):
@@ -264,7 +264,7 @@ def test_charge_is_that_of_the_steps_leased_and_used(ledger: Ledger) -> None:
         ledger.settle(second.lease_id, 12)
     with pytest.raises(LedgerError, match="has 30 steps"):
         ledger.settle(lost.lease_id, 31)
-    with pytest.raises(LedgerError, match="has 30 steps"):
+    with pytest.raises(LedgerError, match="give a whole number"):
         ledger.settle(lost.lease_id, -1)
     with pytest.raises(LedgerError, match="not in the ledger"):
         ledger.settle("nonsense", 1)

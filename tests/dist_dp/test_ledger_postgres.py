@@ -221,6 +221,24 @@ def test_one_writer_at_a_time(
     assert other.reserve("a", 60, 1).steps == 1
 
 
+@pytest.mark.parametrize("isolation", ["repeatable read", "serializable"])
+def test_writers_take_turns_whatever_isolation_the_database_says(
+    server: PostgresServer, database: str, isolation: str
+) -> None:
+    """With a snapshot from before the wait for the lock, every second writer failed."""
+    server.sql(f"ALTER DATABASE {database} SET default_transaction_isolation = '{isolation}'")
+    url = server.socket_url(database)
+    filled(url)
+    ledgers = [Ledger(url) for _ in range(4)]
+
+    def take(number: int) -> int:
+        return sum(ledgers[number].reserve("a", 100 + n, 1).steps for n in range(10))
+
+    with ThreadPoolExecutor(4) as pool:
+        assert sum(pool.map(take, range(4))) == 40
+    assert Ledger(url).run_steps("a") == 47 + 40
+
+
 def _backend(ledger: Ledger) -> int:
     """The server's process at the other end of the connection."""
     with ledger._store.transaction(write=False) as tx:

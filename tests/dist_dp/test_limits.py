@@ -13,9 +13,24 @@ import pyarrow as pa
 import pytest
 
 from dist_dp.arrow_file import ArrowFile
-from dist_dp.errors import CheckpointError, DataError, LedgerError
+from dist_dp.cluster.config import load_config
+from dist_dp.datasets.manifest import identify_file
+from dist_dp.datasets.readers import open_reader
+from dist_dp.errors import (
+    CheckpointError,
+    ConfigError,
+    DataError,
+    LedgerError,
+    StaleAttemptError,
+)
+from dist_dp.fence import Fence
 from dist_dp.file_names import safe_name, why_no_name, why_no_path, why_not_inside
+from dist_dp.ledger import Ledger
+from dist_dp.ledger_address import ledger_address
+from dist_dp.ledger_entry import Position
 from dist_dp.ledger_export import verify_export
+from dist_dp.ledger_witness import Witness
+from dist_dp.ledger_witness_folder import WitnessFolder
 from dist_dp.limits import MAX_TRAIL_BYTES, parse_json, read_json, read_whole
 from dist_dp.trail import StepTrail
 from tests.dist_dp.hostile import DEEP, sparse
@@ -44,6 +59,58 @@ def test_what_is_no_file_keeps_nobody_waiting(tmp_path: Path) -> None:
     for path in (tmp_path / "pipe", Path("/dev/zero"), tmp_path):
         with pytest.raises(ValueError if path != tmp_path else OSError):
             read_json(path)
+
+
+def ledger_with_a_pipe_for_its_witness(path: Path) -> None:
+    Ledger(path.with_name("ledger.sqlite")).close()
+    os.rename(path, f"{path.with_name('ledger.sqlite')}.witness")
+    Ledger(path.with_name("ledger.sqlite"))
+
+
+def address_file_of_a_server(path: Path) -> None:
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setenv("XDG_DATA_HOME", str(path.parent))
+        known = WitnessFolder(ledger_address("postgresql://host/database"))
+    known.folder.mkdir(parents=True)
+    os.rename(path, known.address_file)
+    known.expected()
+
+
+def attempt(path: Path) -> None:
+    fence = Fence.take(path.parent / "private" / "attempts")
+    os.rename(path, path.parent / "private" / "attempts" / f"{fence.number:06d}")
+    fence.check()
+
+
+@pytest.mark.timeout(20)
+@pytest.mark.parametrize(
+    ("read", "error", "words"),
+    [
+        (Witness.read, LedgerError, "witness .* cannot be used .*no regular file"),
+        (Witness.advance, LedgerError, "witness .* cannot be used .*no regular file"),
+        (ledger_with_a_pipe_for_its_witness, LedgerError, "witness .* cannot be used"),
+        (address_file_of_a_server, LedgerError, "cannot be used .*no regular file"),
+        (verify_export, DataError, "no regular file"),
+        (attempt, StaleAttemptError, "given up"),
+        (StepTrail, CheckpointError, "no regular file"),
+        (ArrowFile, ValueError, "no regular file"),
+        (load_config, ConfigError, "no regular file"),
+        (open_reader, DataError, "no regular file"),
+        (identify_file, ValueError, "no regular file"),
+    ],
+)
+def test_a_pipe_in_a_file_s_place_keeps_nobody_waiting(
+    tmp_path: Path, read: Any, error: type[Exception], words: str
+) -> None:
+    path = tmp_path / "pipe"
+    os.mkfifo(path)
+    if read in (Witness.read, Witness.advance):
+        arguments: tuple[Any, ...] = (Position("0" * 32, 1, "0" * 64),)
+        arguments = (Witness(path), *(arguments if read == Witness.advance else ()))
+    else:
+        arguments = (path,)
+    with pytest.raises(error, match=words):
+        read(*arguments)
 
 
 @pytest.mark.parametrize(

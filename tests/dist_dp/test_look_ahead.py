@@ -10,10 +10,11 @@ import pytest
 import torch
 from torchrec import KeyedJaggedTensor
 
+from dist_dp.batch_features import only_features
 from dist_dp.checkpoint import _check_may_be_saved
 from dist_dp.errors import ConfigError, DistDpError, ModelError
 from dist_dp.id_distribution import IdDistribution
-from dist_dp.look_ahead import LookAhead, only_features
+from dist_dp.look_ahead import LookAhead
 from dist_dp.mechanisms import LazyDP
 from tests.dist_dp.clicks import random_bags
 from tests.dist_dp.gradients import build

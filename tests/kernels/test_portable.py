@@ -51,3 +51,10 @@ def test_log_complement(p: float) -> None:
     with mpmath.workdps(400):
         exact = mpmath.log(1 - mpmath.mpf(p))
         assert abs(portable.log_complement(p) / exact - 1) < 1e-15
+
+
+def test_log_complements_are_those_of_each() -> None:
+    """Many at once, on both sides of where the way of computing changes: bit for bit the same."""
+    many = np.concatenate([np.random.default_rng(4).random(500), [2.0**-65, 0.25, 1 - 2.0**-53]])
+    each = [portable.log_complement(float(p)) for p in many]
+    assert portable.log_complements(many).tolist() == each

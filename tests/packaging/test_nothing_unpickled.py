@@ -37,6 +37,7 @@ ALLOWED = {
     # What this process has just made, and a note that the installed wheel carries.
     ("dist_dp/checkpoint_folder.py", "json.loads"),
     ("dist_dp/checkpoint_description.py", "json.loads"),
+    ("dist_dp/ledger.py", "json.loads"),
     ("dist_dp/ledger_tables.py", "json.loads"),
     ("dist_dp/_builds.py", "json.loads"),
 }

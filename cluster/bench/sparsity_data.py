@@ -8,6 +8,8 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
+import pyarrow as pa
+import pyarrow.parquet as pq
 import torch
 from numpy.typing import NDArray
 
@@ -201,15 +203,18 @@ def read(
     return SparsityData(schema, found["train"], found["valid"], found["test"], about)
 
 
-def kept_rows(data: SparsityData, count: int, chunk: int = 65_536) -> dict[str, torch.Tensor]:
-    """FEST's rows: those of each table that public records read most, by unique table name.
+COLLECTION = "sparse_arch.embedding_bag_collection"
+"""Where TorchRec's DLRM has its tables."""
 
-    Rows that no public record reads follow in their own order, so that a table has `count` rows, or
-    all of its own.
+
+def write_counts(data: SparsityData, path: Path, chunk: int = 65_536) -> None:
+    """Writes how often public records read each row: FEST's rows are chosen by that file.
+
+    The private records have no part in it. Rows that no public record reads are not listed.
 
     Args:
-        data: Its public records are counted; the private ones have no part in it.
-        count: k, rows of a table.
+        data: Its public records are counted.
+        path: Parquet file; see :mod:`dist_dp.public_counts`.
         chunk: Records at a time.
     """
     schema, public = data.schema, data.public
@@ -220,25 +225,11 @@ def kept_rows(data: SparsityData, count: int, chunk: int = 65_536) -> dict[str, 
         bounds, values = sparse.offset_per_key(), sparse.values().numpy()
         for number, feature in enumerate(schema.sparse):
             seen[feature.table_name].append(values[bounds[number] : bounds[number + 1]])
-    tables = schema.table_rows()
-    return {
-        f"{COLLECTION}.{table}": torch.from_numpy(
-            _most_frequent(np.concatenate(parts), tables[table], count)
-        )
-        for table, parts in seen.items()
-    }
+    with pq.ParquetWriter(path, _COUNTS) as writer:
+        for table, parts in seen.items():
+            rows, counts = np.unique(np.concatenate(parts), return_counts=True)
+            names = pa.array([f"{COLLECTION}.{table}"] * len(rows))
+            writer.write_table(pa.table([names, rows, counts], schema=_COUNTS))
 
 
-COLLECTION = "sparse_arch.embedding_bag_collection"
-"""Where TorchRec's DLRM has its tables."""
-
-
-def _most_frequent(read: NDArray[np.int64], rows: int, count: int) -> NDArray[np.int64]:
-    """The `count` rows read most, ascending; of equal ones the first."""
-    found, counts = np.unique(read, return_counts=True)
-    chosen = found[np.argsort(-counts, kind="stable")[:count]]
-    missing = min(count, rows) - len(chosen)
-    if missing > 0:
-        others = np.setdiff1d(np.arange(min(rows, count + len(found))), chosen)
-        chosen = np.concatenate([chosen, others[:missing]])
-    return np.sort(chosen).astype(np.int64)
+_COUNTS = pa.schema([("table", pa.string()), ("row", pa.int64()), ("count", pa.int64())])

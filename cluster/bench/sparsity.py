@@ -10,14 +10,16 @@ from __future__ import annotations
 
 import tempfile
 import time
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
+import torch
+
 from dist_dp.cluster.bench.sparsity_frontier import frontiers, result_of, worth_repeating
 from dist_dp.cluster.bench.sparsity_runs import Job, Pool, Runs
-from dist_dp.cluster.bench.sparsity_settings import REFERENCE, Point, SparsitySettings
+from dist_dp.cluster.bench.sparsity_settings import REFERENCE, Point, SparsitySettings, family
 from dist_dp.cluster.bench.sparsity_table import settings_text
 from dist_dp.cluster.bench.sparsity_training import Rates, Trained
 from dist_dp.sparse_settings import SPARSE_MECHANISMS
@@ -42,13 +44,20 @@ class _Run:
     seed: int
 
 
-def run_sparsity(settings: SparsitySettings, say: Say, *, workers: int = 1) -> dict[str, Any]:
+def run_sparsity(
+    settings: SparsitySettings,
+    say: Say,
+    *,
+    workers: int = 1,
+    save: Callable[[dict[str, Any]], None] = lambda _: None,
+) -> dict[str, Any]:
     """Tunes, measures the grid, and measures the frontier again with other seeds.
 
     Args:
         settings: What to measure.
         say: Told what is going on.
         workers: Processes; results do not depend on it.
+        save: Given the result so far after the first seed and each further one.
 
     Returns:
         What goes to the JSON file.
@@ -61,12 +70,18 @@ def run_sparsity(settings: SparsitySettings, say: Say, *, workers: int = 1) -> d
     with tempfile.TemporaryDirectory(prefix="dist-dp-sparsity-") as folder:
         runs = Runs(settings, Path(folder))
         pool = Pool(runs, Path(folder), workers)
+        threads = torch.get_num_threads()
+        # a step is many small operations: more threads only wait for each other
+        torch.set_num_threads(1)
         try:
             measured = _Measurement(settings, runs, pool, say)
-            measured.all()
+            for seeds in measured.all():
+                result = measured.result(seeds, time.perf_counter() - start)
+                save(result)
         finally:
             pool.close()
-        return measured.result(time.perf_counter() - start)
+            torch.set_num_threads(threads)
+        return result
 
 
 class _Measurement:
@@ -82,23 +97,25 @@ class _Measurement:
         self._best: dict[tuple[str, float | None], Rates] = {}
         self._found: dict[_Place, dict[int, Trained]] = {}
         self._done: dict[_Run, Trained] = {}
-        self._dense_only: Trained | None = None
+        self._frozen: dict[str, float] = {}
 
-    def all(self) -> None:
-        """All stages."""
+    def all(self) -> Iterator[int]:
+        """All stages; yields how many seeds are done once there is a result."""
         self._tune()
+        self._freeze()
         first, *others = self._settings.seeds
         self._measure([(place, first) for place in self._places()])
-        rows = self._rows()
-        again = [list(self._found)[number] for number in worth_repeating(rows)]
-        self._measure([(place, seed) for seed in others for place in again])
+        again = [list(self._found)[number] for number in worth_repeating(self._rows())]
+        yield 1
+        for number, seed in enumerate(others, 2):
+            self._measure([(place, seed) for place in again])
+            yield number
 
-    def result(self, seconds: float) -> dict[str, Any]:
-        """What goes to the JSON file."""
+    def result(self, seeds: int, seconds: float) -> dict[str, Any]:
+        """What goes to the JSON file, with so many seeds done."""
         settings, rows = self._settings, self._rows()
         data = self._runs.data
         any_run = next(iter(next(iter(self._found.values())).values()))
-        assert self._dense_only is not None
         return {
             "command": "dist-dp bench sparsity",
             "data": {
@@ -116,13 +133,13 @@ class _Measurement:
                 "max_grad_norm": settings.max_grad_norm,
                 "delta": settings.delta(len(data.train)),
                 "noise_multipliers": {f"{e:g}": s for e, s in self._sigma.items() if e is not None},
-                "seeds": list(settings.seeds),
+                "seeds": list(settings.seeds[:seeds]),
                 "model": settings.model.model_dump(mode="json"),
             },
-            "dense_only_auc": self._dense_only.auc,
+            "frozen_tables": self._frozen,
             "tries": self._tries,
             "results": rows,
-            "frontiers": frontiers(rows, len(settings.seeds)),
+            "frontiers": frontiers(rows, seeds),
             "seconds": seconds,
         }
 
@@ -142,7 +159,7 @@ class _Measurement:
         settings, seed = self._settings, self._settings.seeds[0]
         tried = [
             _Run(_Place(settings.tuned_at[name], epsilon), rates, seed)
-            for name in settings.mechanisms
+            for name in settings.families
             for epsilon in ((None,) if name == "none" else settings.epsilons)
             for rates in settings.rates[name]
         ]
@@ -161,12 +178,22 @@ class _Measurement:
             )
             if trained.public_auc > best.get(key, float("-inf")):
                 best[key], self._best[key] = trained.public_auc, rates
-        frozen = Rates(0.0, self._best["none", None].dense)
-        alone = _Run(_Place(Point("none"), None), frozen, seed)
-        self._dense_only = self._take([alone], "dense layers alone")[0]
+
+    def _freeze(self) -> None:
+        """What dense layers alone reach: without it, a small loss would say nothing of tables."""
+        seed = self._settings.seeds[0]
+        places = [_Place(Point("none"), None)]
+        places += [_Place(Point(REFERENCE), epsilon) for epsilon in self._settings.epsilons]
+        runs = [_Run(p, Rates(0.0, self._rates_of(p).dense), seed) for p in places]
+        for run, trained in zip(runs, self._take(runs, "frozen tables"), strict=True):
+            epsilon = run.place.epsilon
+            self._frozen["none" if epsilon is None else f"{epsilon:g}"] = trained.auc
+
+    def _rates_of(self, place: _Place) -> Rates:
+        return self._best[family(place.point.mechanism), place.epsilon]
 
     def _measure(self, wanted: list[tuple[_Place, int]]) -> None:
-        runs = [_Run(p, self._best[p.point.mechanism, p.epsilon], seed) for p, seed in wanted]
+        runs = [_Run(p, self._rates_of(p), seed) for p, seed in wanted]
         for run, trained in zip(runs, self._take(runs, "points"), strict=True):
             self._found.setdefault(run.place, {})[run.seed] = trained
 
@@ -175,7 +202,7 @@ class _Measurement:
             result_of(
                 place.point,
                 place.epsilon,
-                self._best[place.point.mechanism, place.epsilon],
+                self._rates_of(place),
                 by_seed,
                 self._reference(place.epsilon),
             )

@@ -31,7 +31,7 @@ def sparsity_svg(result: dict[str, Any]) -> str:
         AUC is lost. A full circle was run with all seeds (its bar is their spread), an empty one
         with one seed; the line goes along the mechanism's own frontier.
     """
-    rows = [r for r in result["results"] if r["auc_loss"] is not None]
+    rows = [r for r in result["results"] if r["reduction_vs_dpsgd"] and r["auc_loss"] is not None]
     epsilons = sorted({r["epsilon"] for r in rows})
     width = _LEFT + len(epsilons) * (_PANEL + _GAP) - _GAP + _RIGHT
     across = _Axis([math.log10(r["reduction_vs_dpsgd"]) for r in rows])

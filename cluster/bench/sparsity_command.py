@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 from pathlib import Path
-from typing import Annotated
+from typing import Annotated, Any
 
 import typer
 
@@ -95,10 +95,13 @@ def sparsity(
             format=data_format,
             max_rows=max_rows,
         )
-        result = run_sparsity(settings, to_stderr, workers=workers)
+
+        def save(so_far: dict[str, Any]) -> None:
+            if json_file is not None:
+                json_file.write_text(json.dumps(so_far, indent=1) + "\n", encoding="utf-8")
+
+        result = run_sparsity(settings, to_stderr, workers=workers, save=save)
     print_sparsity(result, every_point=every_point)
-    if json_file is not None:
-        json_file.write_text(json.dumps(result, indent=1) + "\n", encoding="utf-8")
     if plot is not None:
         plot.write_text(sparsity_svg(result), encoding="utf-8")
 

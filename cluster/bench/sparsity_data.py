@@ -74,8 +74,8 @@ class GeneratedClicks:
 
     def part(self, first: int, last: int) -> GeneratedClicks:
         """Some of the records, without a copy."""
-        arrays = (self._dense, self._rows, self._labels)
-        return GeneratedClicks(self.schema, *(a[first:last] for a in arrays))
+        here = slice(first, last)
+        return GeneratedClicks(self.schema, self._dense[here], self._rows[here], self._labels[here])
 
     def batch(self, indices: NDArray[np.int64], *, padded_size: int | None = None) -> Any:
         """A :class:`~dist_dp.datasets.batch.ClickBatch`; see ``ClickDataset.batch``."""

@@ -67,12 +67,13 @@ def frontier(results: Sequence[Mapping[str, Any]], quality: str = "auc") -> list
     """Which results no other beats: the Pareto set of gradient size against quality.
 
     Args:
-        results: At one ε, each with a reduction.
+        results: At one ε. One that noised no coordinate at all trained no table, and takes no part.
         quality: The figure that should be high.
 
     Returns:
         Their places, by falling gradient size. Of equal ones the first.
     """
+    some = [n for n, row in enumerate(results) if row["reduction_vs_dpsgd"] is not None]
 
     def key(place: int) -> tuple[float, float]:
         row = results[place]
@@ -80,7 +81,7 @@ def frontier(results: Sequence[Mapping[str, Any]], quality: str = "auc") -> list
 
     found: list[int] = []
     best = -math.inf
-    for place in sorted(range(len(results)), key=key):
+    for place in sorted(some, key=key):
         if results[place][quality] > best:
             best = results[place][quality]
             found.append(place)
@@ -99,6 +100,8 @@ def frontiers(results: Sequence[dict[str, Any]], seeds: int) -> list[dict[str, A
         here = [r for r in results if r["epsilon"] == epsilon and len(r["seeds"]) >= seeds]
         points = [here[place] for place in frontier(here)]
         comparable = [p for p in points if p["auc_loss"] < LOSS_ALLOWED]
+        if not points:
+            continue
         found.append(
             {
                 "epsilon": epsilon,

@@ -8,7 +8,7 @@ from concurrent.futures import ProcessPoolExecutor
 from dataclasses import dataclass
 from multiprocessing import get_context
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
 import torch
 from torch import Tensor
@@ -22,7 +22,7 @@ from dist_dp.cluster.bench.sparsity_data import (
 )
 from dist_dp.cluster.bench.sparsity_settings import Point, SparsitySettings
 from dist_dp.cluster.bench.sparsity_training import Rates, Trained, train
-from dist_dp.plan import PrivacyPlan
+from dist_dp.plan import Mechanism, PrivacyPlan
 from dist_dp.public_counts import public_rows
 
 
@@ -61,7 +61,7 @@ class Runs:
         """The plan of a point."""
         settings, records = self.settings, len(self.data.train)
         return PrivacyPlan(
-            mechanism=point.mechanism,
+            mechanism=cast(Mechanism, point.mechanism),
             noise_multiplier=noise_multiplier,
             max_grad_norm=settings.max_grad_norm,
             num_records=records,

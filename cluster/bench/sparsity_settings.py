@@ -73,23 +73,27 @@ class Point:
         return found
 
 
+_PRIVATE_RATES = (Rates(15.0, 1.0), Rates(30.0, 2.0), Rates(60.0, 3.0), Rates(60.0, 6.0))
 RATES = {
-    "none": (Rates(5.0, 0.5), Rates(20.0, 0.5), Rates(20.0, 1.0), Rates(50.0, 1.0)),
-    "lazydp": (Rates(10.0, 0.5), Rates(30.0, 1.0), Rates(30.0, 2.0), Rates(60.0, 1.0)),
-    "fest": (Rates(10.0, 0.5), Rates(30.0, 1.0), Rates(30.0, 2.0), Rates(60.0, 1.0)),
-    "adafest": (Rates(10.0, 0.5), Rates(30.0, 1.0), Rates(30.0, 2.0), Rates(60.0, 1.0)),
-    "adafest+": (Rates(10.0, 0.5), Rates(30.0, 1.0), Rates(30.0, 2.0), Rates(60.0, 1.0)),
+    "none": (Rates(10.0, 0.5), Rates(30.0, 1.0), Rates(60.0, 2.0), Rates(100.0, 4.0)),
+    "lazydp": _PRIVATE_RATES,
+    "fest": _PRIVATE_RATES,
+    "adafest": _PRIVATE_RATES,
 }
-"""Learning rates (tables, dense layers) that are tried, as many for each mechanism."""
+"""Learning rates (tables, dense layers) that are tried, as many for each family of mechanisms."""
 
 TUNED_AT = {
     "none": Point("none"),
     "lazydp": Point("lazydp"),
     "fest": Point("fest", rows=12),
-    "adafest": Point("adafest", threshold=16.0, contribution_norm=1.0, share=0.3),
-    "adafest+": Point("adafest+", rows=12, threshold=16.0, contribution_norm=1.0, share=0.3),
+    "adafest": Point("adafest", threshold=8.0, contribution_norm=1.0, share=0.3),
 }
-"""The setting at which a mechanism's rates are tried."""
+"""The setting at which a family's rates are tried."""
+
+
+def family(mechanism: str) -> str:
+    """Whose learning rates a mechanism has: AdaFEST+ takes AdaFEST's."""
+    return mechanism.removesuffix("+")
 
 
 @dataclass(frozen=True)
@@ -122,8 +126,8 @@ class SparsitySettings:
     path: Path | None = None
     format: str = "auto"
     max_rows: int | None = None
-    batch: int = 1024
-    steps: int = 512
+    batch: int = 2048
+    steps: int = 256
     max_grad_norm: float = 1.0
     epsilons: tuple[float, ...] = (1.0, 3.0, 8.0)
     seeds: tuple[int, ...] = (0, 1, 2)
@@ -133,35 +137,37 @@ class SparsitySettings:
     model: ModelConfig = MODEL
 
     @property
-    def mechanisms(self) -> list[str]:
+    def families(self) -> list[str]:
         """Those of the grid, in its order, after the two that all are compared with."""
-        return list(dict.fromkeys(["none", REFERENCE, *(p.mechanism for p in self.points)]))
+        return list(dict.fromkeys(["none", REFERENCE, *(family(p.mechanism) for p in self.points)]))
 
     def delta(self, records: int) -> float:
         """δ: a tenth of what one published record would make."""
         return 1.0 / (10.0 * records)
 
 
-KEPT_ROWS = (1, 3, 12, 64, 512)
+KEPT_ROWS = (1, 3, 12, 64)
 PLUS_ROWS = 12
-ADAPTIVE_GRID = (
-    (4.0, 1.0, 0.3),
+ADAFEST = (
+    (5.0, 1.0, 0.5),
     (8.0, 1.0, 0.3),
     (16.0, 1.0, 0.3),
-    (32.0, 1.0, 0.3),
     (16.0, 1.0, 0.1),
-    (16.0, 10.0, 0.3),
+    (32.0, 1.0, 0.1),
+    (8.0, 10.0, 0.3),
 )
-"""(τ over C₁, C₁, ratio) of ``adafest`` and ``adafest+``."""
+"""(τ over C₁, C₁, ratio) of ``adafest``."""
+ADAFEST_PLUS = ((4.0, 1.0, 0.3), (16.0, 1.0, 0.1))
+"""The same of ``adafest+``, whose few rows are seldom false positives: τ may be lower."""
 QUICK = SparsitySettings(
-    records=32_768,
-    other_records=8_192,
+    records=65_536,
+    other_records=16_384,
     max_rows=1000,
-    batch=256,
+    batch=1024,
     steps=40,
     epsilons=(3.0,),
     seeds=(0, 1),
-    rates={name: rates[1:3] for name, rates in RATES.items()},
+    rates={name: rates[:2] for name, rates in RATES.items()},
 )
 
 
@@ -201,22 +207,20 @@ def chosen(
     for share in shares or ():
         if not share < 1:
             raise ConfigError(f"--ratios: {share:g} is no share of a budget: give less than 1")
-    adaptive: Sequence[tuple[float, float, float]] = (
-        ADAPTIVE_GRID[1:4:2] if quick else ADAPTIVE_GRID
-    )
-    if thresholds or contribution_norms or shares:
-        adaptive = tuple(
-            product(thresholds or (16.0,), contribution_norms or (1.0,), shares or (0.3,))
-        )
+    rows = kept_rows or (KEPT_ROWS[1:3] if quick else KEPT_ROWS)
+    given = thresholds or contribution_norms or shares
+    every = tuple(product(thresholds or (16.0,), contribution_norms or (1.0,), shares or (0.3,)))
+    adaptive = {
+        "adafest": every if given else ADAFEST[:2] if quick else ADAFEST,
+        "adafest+": every if given else ADAFEST_PLUS[:1] if quick else ADAFEST_PLUS,
+    }
     points: list[Point] = []
     for name in mechanisms or MECHANISMS:
         if name == "fest":
-            points += [
-                Point(name, rows=k) for k in kept_rows or (KEPT_ROWS[1:3] if quick else KEPT_ROWS)
-            ]
+            points += [Point(name, k) for k in rows]
         elif name in ADAPTIVE:
-            rows = PLUS_ROWS if name in CHOOSES_ONCE else None
-            points += [Point(name, rows, *values) for values in adaptive]
+            k = PLUS_ROWS if name in CHOOSES_ONCE else None
+            points += [Point(name, k, *values) for values in adaptive[name]]
     return replace(settings, points=tuple(points), cardinalities=_capped(settings))
 
 

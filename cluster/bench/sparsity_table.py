@@ -38,9 +38,11 @@ def print_sparsity(result: dict[str, Any], *, every_point: bool = False) -> None
     best = f", best possible {data['best_auc']:.4f}" if "best_auc" in data else ""
     console.print(
         f"AUC without privacy {none['auc']:.4f}, with the tables left as initialised "
-        f"{result['dense_only_auc']:.4f}{best}.",
-        "",
+        f"{result['frozen_tables']['none']:.4f}{best}."
     )
+    for epsilon, auc in result["frozen_tables"].items():
+        if epsilon != "none":
+            console.print(f"AUC with lazydp at ε {epsilon}, tables left as initialised: {auc:.4f}.")
     shown = [r for r in result["results"] if r["epsilon"] is not None]
     for found in result["frontiers"]:
         here = [r for r in shown if r["epsilon"] == found["epsilon"]]
@@ -60,7 +62,7 @@ def _table(rows: list[dict[str, Any]], epsilon: float) -> Table:
     table.add_column("settings")
     for name in ("rows a step", "reduction", "AUC", "AUC loss", "its spread"):
         table.add_column(name, justify="right")
-    for row in sorted(rows, key=lambda r: r["reduction_vs_dpsgd"]):
+    for row in sorted(rows, key=lambda r: -r["noised_rows_per_step"]):
         table.add_row(
             row["mechanism"],
             settings_text(row["settings"]),
@@ -78,6 +80,6 @@ def settings_text(settings: dict[str, Any]) -> str:
     return ", ".join(f"{_NAMES[name]} {value:g}" for name, value in settings.items())
 
 
-def reduction_text(value: float) -> str:
-    """Such as 1.3e5 ×."""
-    return f"{value:.2g} ×".replace("e+0", "e").replace("e+", "e")
+def reduction_text(value: float | None) -> str:
+    """Such as 1.3e5 ×; a dash where nothing was noised."""
+    return "-" if value is None else f"{value:.2g} ×".replace("e+0", "e").replace("e+", "e")

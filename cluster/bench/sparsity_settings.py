@@ -73,9 +73,9 @@ class Point:
         return found
 
 
-_PRIVATE_RATES = (Rates(15.0, 1.0), Rates(30.0, 2.0), Rates(60.0, 3.0), Rates(60.0, 6.0))
+_PRIVATE_RATES = (Rates(30.0, 6.0), Rates(15.0, 12.0), Rates(30.0, 12.0), Rates(60.0, 12.0))
 RATES = {
-    "none": (Rates(10.0, 0.5), Rates(30.0, 1.0), Rates(60.0, 2.0), Rates(100.0, 4.0)),
+    "none": (Rates(10.0, 1.0), Rates(30.0, 1.0), Rates(60.0, 1.0), Rates(30.0, 2.0)),
     "lazydp": _PRIVATE_RATES,
     "fest": _PRIVATE_RATES,
     "adafest": _PRIVATE_RATES,

@@ -27,6 +27,10 @@ def sparsity(
     ratios: Annotated[
         str | None, typer.Option(help="adafest: the selection's share of a step's privacy.")
     ] = None,
+    rates: Annotated[
+        str | None,
+        typer.Option(help="To try, tables:dense layers, for all mechanisms: 10:1,30:2."),
+    ] = None,
     records: Annotated[int | None, typer.Option(min=1, help="Generated, to train on.")] = None,
     other_records: Annotated[
         int | None, typer.Option(min=1, help="Generated as public ones, and for the test.")
@@ -86,6 +90,7 @@ def sparsity(
             thresholds=_numbers(thresholds, "--thresholds"),
             contribution_norms=_numbers(contribution_norms, "--contribution-norms"),
             shares=_numbers(ratios, "--ratios"),
+            rates=_rates(rates),
             records=records,
             other_records=other_records,
             batch=batch,
@@ -116,6 +121,23 @@ def _numbers(text: str | None, option: str) -> tuple[float, ...] | None:
         found = ()
     if not found or not all(0 < value < float("inf") for value in found):
         raise typer.BadParameter(f"'{text}' is no list of numbers above 0", param_hint=option)
+    return found
+
+
+def _rates(text: str | None) -> tuple[tuple[float, float], ...] | None:
+    """Pairs of numbers above 0."""
+    if text is None:
+        return None
+    try:
+        pairs = [[float(number) for number in part.split(":")] for part in text.split(",")]
+        found = tuple((tables, dense) for tables, dense in pairs)
+    except ValueError:
+        found = ()
+    if not found or not all(0 < value < float("inf") for pair in found for value in pair):
+        raise typer.BadParameter(
+            f"'{text}' is no list of pairs of rates above 0, such as 10:1,30:2",
+            param_hint="--rates",
+        )
     return found
 
 

@@ -179,6 +179,7 @@ def chosen(
     thresholds: Sequence[float] | None = None,
     contribution_norms: Sequence[float] | None = None,
     shares: Sequence[float] | None = None,
+    rates: Sequence[tuple[float, float]] | None = None,
     **changes: Any,
 ) -> SparsitySettings:
     """The default settings, or the quick ones, with what is given changed.
@@ -191,6 +192,7 @@ def chosen(
             grid of all combinations; what is left out has one value then.
         contribution_norms: C₁.
         shares: Ratios.
+        rates: Learning rates of tables and dense layers to try, the same for all mechanisms.
         **changes: Fields of :class:`SparsitySettings`; None is left out.
 
     Raises:
@@ -198,6 +200,9 @@ def chosen(
     """
     base = QUICK if quick else SparsitySettings()
     settings = replace(base, **{k: v for k, v in changes.items() if v is not None})
+    if rates:
+        tried = tuple(Rates(tables, dense) for tables, dense in rates)
+        settings = replace(settings, rates=dict.fromkeys(RATES, tried))
     for name in mechanisms or ():
         if name not in MECHANISMS:
             raise ConfigError(

@@ -25,9 +25,8 @@ ROWS = 40
 def tiny(**changes: Any) -> SparsitySettings:
     """Small enough for a test: a few steps on tables of at most 40 rows."""
     few = {"records": 400, "other_records": 200, "batch": 40, "steps": 3, "max_rows": ROWS}
-    given = {"epsilons": (3.0,), "seeds": (0,), "kept_rows": (2,), **few, **changes}
-    settings = chosen(mechanisms=given.pop("mechanisms", ("fest",)), **given)
-    return replace(settings, rates={name: rates[:1] for name, rates in RATES.items()})
+    one = {"epsilons": (3.0,), "seeds": (0,), "kept_rows": (2,), "rates": ((1.0, 0.5),)}
+    return chosen(**{"mechanisms": ("fest",), **few, **one, **changes})
 
 
 @pytest.fixture(scope="module")
@@ -35,18 +34,10 @@ def measured(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Any]:
     """What the command writes for a tiny run of all mechanisms."""
     folder = tmp_path_factory.mktemp("sparsity")
     path, plot = folder / "sparsity.json", folder / "sparsity.svg"
-    with pytest.MonkeyPatch.context() as patch:
-        # one try each
-        patch.setattr(
-            "dist_dp.cluster.bench.sparsity_settings.RATES",
-            {name: rates[:1] for name, rates in RATES.items()},
-        )
-        patch.setattr(
-            "dist_dp.cluster.bench.sparsity_settings.QUICK",
-            replace(tiny(), seeds=(0, 1), rates={n: r[:1] for n, r in RATES.items()}),
-        )
-        options = ["--kept-rows", "2", "--thresholds", "2,4", "--ratios", "0.5"]
-        done = run("bench", "sparsity", "--quick", *options, "--json", path, "--plot", plot)
+    size = "--records 400 --other-records 200 --batch 40 --steps 3 --max-rows 40"
+    points = "--kept-rows 2 --thresholds 2,4 --ratios 0.5 --rates 1:0.5"
+    options = [*size.split(), *points.split(), "--epsilon", "3", "--seeds", "0,1"]
+    done = run("bench", "sparsity", *options, "--json", path, "--plot", plot)
     assert done.exit_code == 0, done.output + repr(done.exception)
     result: dict[str, Any] = json.loads(path.read_text(encoding="utf-8"))
     return {**result, "printed": done.output, "svg": plot.read_text(encoding="utf-8"), "at": path}
@@ -91,7 +82,7 @@ def test_losses_are_paired_with_lazydp_at_the_same_seed(measured: dict[str, Any]
 def test_every_family_has_as_many_tries(measured: dict[str, Any]) -> None:
     tries = [t["mechanism"] for t in measured["tries"]]
     assert sorted(tries) == ["adafest", "fest", "lazydp", "none"]
-    assert {len(rates) for rates in RATES.values()} == {4}
+    assert {len(rates) for rates in RATES.values()} == {4}, "by default"
     assert set(measured["frozen_tables"]) == {"none", "3"}
 
 
@@ -176,7 +167,14 @@ def test_wrong_settings_are_errors_that_name_them(options: list[str], said: list
 
 @pytest.mark.parametrize(
     ("option", "value"),
-    [("--epsilon", "0"), ("--thresholds", "x"), ("--kept-rows", "1.5"), ("--seeds", "-1")],
+    [
+        ("--epsilon", "0"),
+        ("--thresholds", "x"),
+        ("--kept-rows", "1.5"),
+        ("--seeds", "-1"),
+        ("--rates", "10"),
+        ("--rates", "10:0"),
+    ],
 )
 def test_lists_are_numbers(option: str, value: str) -> None:
     result = run("bench", "sparsity", f"{option}={value}")

@@ -145,6 +145,7 @@ def test_fest_keeps_the_rows_that_public_records_read_most(tmp_path: Path) -> No
     assert set(counts[kept[table]].tolist()) == set(counts.topk(2).values.tolist())
 
 
+@pytest.mark.slow
 def test_several_processes_find_the_same() -> None:
     one = run_sparsity(tiny(), lambda _: None)
     two = run_sparsity(tiny(), lambda _: None, workers=2)

@@ -10,6 +10,7 @@ from typing import Annotated
 import typer
 
 from dist_dp.cluster.bench.model_commands import check_model, machine
+from dist_dp.cluster.bench.sparsity_command import sparsity
 from dist_dp.cluster.readable_errors import readable_errors
 from dist_dp.errors import ConfigError
 from dist_dp.limits import read_json
@@ -17,6 +18,7 @@ from dist_dp.limits import read_json
 bench_app = typer.Typer(help="Measure what privacy costs on this machine.")
 bench_app.command("machine")(machine)
 bench_app.command("check-model")(check_model)
+bench_app.command("sparsity")(sparsity)
 
 
 @bench_app.command("step")

@@ -24,14 +24,14 @@ def test_a_cluster_is_taken_down_under_a_run(tmp_path: Path, clicks: Path) -> No
         clicks,
         data={"name": "clicks"},
         privacy={"epsilon": 8.0},
-        train={"steps": STEPS, "checkpoint_every": 10, "lease_steps": 5},
+        train={"steps": STEPS, "checkpoint_every": 25, "lease_steps": 5},
         cluster={"num_workers": 1, "address": "auto"},
         output={"name": "run", "tensorboard": False},
     )
     folder, ledger = tmp_path / "runs" / "run", tmp_path / "ledger.sqlite"
     with cluster_of(1, tmp_path / "state"):
         process = start("train", "-c", write_config(tmp_path, values), folder=tmp_path)
-        wait_for(lambda: last_step(folder) >= 25, process, 300)
+        wait_for(lambda: last_step(folder) >= 40, process, 300)
         taken = last_step(folder)
         down = run("cluster", "down")
         assert down.exit_code == 0, down.output

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from typing import Any
 
@@ -129,6 +129,7 @@ def build_private_model(
     probe_first_forward: bool = True,
     records_per_unit: float = 1.0,
     kept: KeptRows | None = None,
+    substitute: Callable[[Mechanism], Mechanism] | None = None,
 ) -> PrivateModel:
     """Shards a model, cuts it at its tables and gives it a private optimizer.
 
@@ -148,6 +149,8 @@ def build_private_model(
             example does not depend on the others.
         records_per_unit: Mean records of a unit in a step, for TorchRec's planner.
         kept: The rows that are trained, by unique table name, for mechanisms that choose them once.
+        substitute: Makes another mechanism of the plan's, to compare with: what it trains can be
+            neither saved nor released (:meth:`PrivateModel.check_mechanism`).
 
     Returns:
         The private model, in training mode.
@@ -176,6 +179,8 @@ def build_private_model(
     )
     recorder = DenseRecorder(model, skip=tuple(cuts))
     mechanism = _mechanism_of(plan, settings.tables, groups, kept)
+    if substitute is not None:
+        mechanism = substitute(mechanism)
     group_of = {table: number for number, group in enumerate(groups) for table in group.tables}
     for cut in cuts:
         cut.group_of = group_of

@@ -19,10 +19,15 @@ import torch
 
 from dist_dp.cluster.bench.sparsity_frontier import frontiers, result_of, worth_repeating
 from dist_dp.cluster.bench.sparsity_runs import Job, Pool, Runs
-from dist_dp.cluster.bench.sparsity_settings import REFERENCE, Point, SparsitySettings, family
+from dist_dp.cluster.bench.sparsity_settings import (
+    EXPONENTIAL,
+    REFERENCE,
+    Point,
+    SparsitySettings,
+    family,
+)
 from dist_dp.cluster.bench.sparsity_table import settings_text
 from dist_dp.cluster.bench.sparsity_training import Rates, Trained
-from dist_dp.sparse_settings import SPARSE_MECHANISMS
 
 Say = Callable[[str], None]
 
@@ -93,6 +98,7 @@ class _Measurement:
         for epsilon in settings.epsilons:
             self._sigma[epsilon] = runs.noise_multiplier(epsilon)
             say(f"ε {epsilon:g}: noise multiplier {self._sigma[epsilon]:.4f}")
+        self._sigma_of: dict[_Place, float] = {}
         self._tries: list[dict[str, Any]] = []
         self._best: dict[tuple[str, float | None], Rates] = {}
         self._found: dict[_Place, dict[int, Trained]] = {}
@@ -148,7 +154,7 @@ class _Measurement:
         settings = self._settings
         points = [
             Point(REFERENCE),
-            *(p for p in settings.points if p.mechanism in SPARSE_MECHANISMS),
+            *(p for p in settings.points if p.mechanism not in ("none", REFERENCE)),
         ]
         return [_Place(Point("none"), None)] + [
             _Place(p, epsilon) for epsilon in settings.epsilons for p in points
@@ -192,6 +198,15 @@ class _Measurement:
     def _rates_of(self, place: _Place) -> Rates:
         return self._best[family(place.point.mechanism), place.epsilon]
 
+    def _noise(self, place: _Place) -> float | None:
+        """The noise multiplier; exponential selection has one by the number of selections."""
+        point, epsilon = place.point, place.epsilon
+        if point.mechanism != EXPONENTIAL or epsilon is None:
+            return self._sigma[epsilon]
+        if place not in self._sigma_of:
+            self._sigma_of[place] = self._runs.exponential_cost(point, epsilon).noise_multiplier
+        return self._sigma_of[place]
+
     def _measure(self, wanted: list[tuple[_Place, int]]) -> None:
         runs = [_Run(p, self._rates_of(p), seed) for p, seed in wanted]
         for run, trained in zip(runs, self._take(runs, "points"), strict=True):
@@ -215,7 +230,7 @@ class _Measurement:
     def _take(self, wanted: Sequence[_Run], stage: str) -> list[Trained]:
         """The runs' results; none is taken twice."""
         new = [run for run in dict.fromkeys(wanted) if run not in self._done]
-        jobs = [Job(r.place.point, self._sigma[r.place.epsilon], r.rates, r.seed) for r in new]
+        jobs = [Job(r.place.point, self._noise(r.place), r.rates, r.seed) for r in new]
 
         def done(number: int, trained: Trained) -> None:
             run = new[number]

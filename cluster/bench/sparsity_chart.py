@@ -16,6 +16,7 @@ _COLOURS = {
     "fest": "#b04a00",
     "adafest": "#0d7a70",
     "adafest+": "#8e4ec6",
+    "exponential": "#c2185b",
 }
 _ROOM = 0.08
 

@@ -20,10 +20,11 @@ from dist_dp.cluster.bench.sparsity_data import (
     read,
     write_counts,
 )
-from dist_dp.cluster.bench.sparsity_settings import Point, SparsitySettings
+from dist_dp.cluster.bench.sparsity_settings import EXPONENTIAL, Point, SparsitySettings
 from dist_dp.cluster.bench.sparsity_training import Rates, Trained, train
 from dist_dp.plan import Mechanism, PrivacyPlan
 from dist_dp.public_counts import public_rows
+from dist_dp.sampled_selection import SampledSelection, calibrated
 
 
 @dataclass(frozen=True)
@@ -61,7 +62,7 @@ class Runs:
         """The plan of a point."""
         settings, records = self.settings, len(self.data.train)
         return PrivacyPlan(
-            mechanism=cast(Mechanism, point.mechanism),
+            mechanism=cast(Mechanism, point.planned_as),
             noise_multiplier=noise_multiplier,
             max_grad_norm=settings.max_grad_norm,
             num_records=records,
@@ -78,11 +79,31 @@ class Runs:
         assert found is not None
         return found
 
+    def exponential_cost(self, point: Point, epsilon: float) -> SampledSelection:
+        """A step with exponential selection, of which all together cost ε."""
+        assert point.share is not None and point.selections is not None
+        plan = self.plan(Point("lazydp"), None)
+        return calibrated(
+            epsilon,
+            self.settings.delta(len(self.data.train)),
+            plan.sample_rate,
+            plan.steps,
+            share=point.share,
+            selections=point.selections,
+        )
+
     def take(self, job: Job) -> Trained:
         """One run."""
         plan = self.plan(job.point, job.noise_multiplier)
-        model = self.settings.model
-        return train(self.data, model, plan, job.rates, seed=job.seed, kept=self._kept(plan))
+        model, cost = self.settings.model, None
+        if job.point.mechanism == EXPONENTIAL:
+            assert job.point.share is not None and job.point.selections is not None
+            assert job.noise_multiplier is not None
+            cost = SampledSelection(
+                job.noise_multiplier, job.point.share, job.point.selections, plan.sample_rate
+            )
+        kept = self._kept(plan)
+        return train(self.data, model, plan, job.rates, seed=job.seed, kept=kept, cost=cost)
 
     def _kept(self, plan: PrivacyPlan) -> dict[str, Tensor] | None:
         if plan.sparse is None or plan.sparse.rows is None:

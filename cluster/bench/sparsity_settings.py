@@ -16,7 +16,9 @@ from dist_dp.sparse_settings import ADAPTIVE, CHOOSES_ONCE, SPARSE_MECHANISMS, S
 
 REFERENCE = "lazydp"
 """DP-SGD's distribution at a step's cost without privacy: what losses are counted from."""
-MECHANISMS = ("none", REFERENCE, *SPARSE_MECHANISMS)
+EXPONENTIAL = "exponential"
+"""DP-SGD with exponential selection, which no run can choose; see `dist_dp.sampled_selection`."""
+MECHANISMS = ("none", REFERENCE, *SPARSE_MECHANISMS, EXPONENTIAL)
 MODEL = ModelConfig(
     name="dlrm_dcn",
     embedding_dim=8,
@@ -37,6 +39,7 @@ class Point:
         threshold: τ over C₁: a record that reads n rows counts min(1, 1/√n) in it where C₁ ≤ √n.
         contribution_norm: C₁.
         share: The selection's share of a step's privacy: the ratio of the two noises.
+        selections: Rows that ``exponential`` selects in a step, over all tables.
     """
 
     mechanism: str
@@ -44,6 +47,12 @@ class Point:
     threshold: float | None = None
     contribution_norm: float | None = None
     share: float | None = None
+    selections: int | None = None
+
+    @property
+    def planned_as(self) -> str:
+        """The mechanism of the plan: exponential selection takes AdaFEST's noise on gradients."""
+        return "adafest" if self.mechanism == EXPONENTIAL else self.mechanism
 
     def sparse(self, frequencies: str) -> SparseSettings | None:
         """As the plan has them.
@@ -51,6 +60,8 @@ class Point:
         Args:
             frequencies: File of the public counts.
         """
+        if self.mechanism == EXPONENTIAL:
+            return SparseSettings(selection_share=self.share, threshold=2.0**20)  # unused
         if self.mechanism not in SPARSE_MECHANISMS:
             return None
         values: dict[str, Any] = {}
@@ -79,6 +90,7 @@ RATES = {
     "lazydp": _PRIVATE_RATES,
     "fest": _PRIVATE_RATES,
     "adafest": _PRIVATE_RATES,
+    EXPONENTIAL: _PRIVATE_RATES,
 }
 """Learning rates (tables, dense layers) that are tried, as many for each family of mechanisms."""
 
@@ -87,6 +99,7 @@ TUNED_AT = {
     "lazydp": Point("lazydp"),
     "fest": Point("fest", rows=12),
     "adafest": Point("adafest", threshold=8.0, contribution_norm=1.0, share=0.3),
+    EXPONENTIAL: Point(EXPONENTIAL, share=0.3, selections=100),
 }
 """The setting at which a family's rates are tried."""
 
@@ -159,6 +172,7 @@ ADAFEST = (
 """(τ over C₁, C₁, ratio) of ``adafest``."""
 ADAFEST_PLUS = ((4.0, 1.0, 0.3), (16.0, 1.0, 0.1))
 """The same of ``adafest+``, whose few rows are seldom false positives: τ may be lower."""
+EXPONENTIAL_SELECTIONS = (20, 100, 500)
 QUICK = SparsitySettings(
     records=65_536,
     other_records=16_384,
@@ -223,6 +237,9 @@ def chosen(
     for name in mechanisms or MECHANISMS:
         if name == "fest":
             points += [Point(name, k) for k in rows]
+        elif name == EXPONENTIAL:
+            some = EXPONENTIAL_SELECTIONS[1:2] if quick else EXPONENTIAL_SELECTIONS
+            points += [Point(name, share=r, selections=m) for r in shares or (0.3,) for m in some]
         elif name in ADAPTIVE:
             k = PLUS_ROWS if name in CHOOSES_ONCE else None
             points += [Point(name, k, *values) for values in adaptive[name]]

@@ -15,6 +15,7 @@ _NAMES = {
     "threshold": "τ",
     "contribution_norm": "C₁",
     "share": "ratio",
+    "selections": "m",
 }
 
 

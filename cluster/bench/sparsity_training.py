@@ -5,7 +5,7 @@ from __future__ import annotations
 import gc
 import hashlib
 import time
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 
 import torch
@@ -18,10 +18,12 @@ from dist_dp.cluster.evaluation import evaluate
 from dist_dp.cluster.models import build_model, logits_of
 from dist_dp.distributed import ensure_process_group
 from dist_dp.loader import PoissonLoader, as_source
-from dist_dp.mechanisms import SparseNoise
+from dist_dp.mechanisms import Mechanism, SparseNoise
+from dist_dp.mechanisms.exponential import ExponentialSelection
 from dist_dp.optimizer_settings import optimizer_settings
 from dist_dp.plan import PrivacyPlan
 from dist_dp.private_model import PrivateModel, build_private_model
+from dist_dp.sampled_selection import SampledSelection
 from dist_dp.sampling import PoissonSampler
 
 EVALUATION_BATCH = 16_384
@@ -71,6 +73,7 @@ def train(
     *,
     seed: int,
     kept: Mapping[str, Tensor] | None = None,
+    cost: SampledSelection | None = None,
 ) -> Trained:
     """Trains a fresh model and evaluates it.
 
@@ -84,6 +87,7 @@ def train(
         rates: Learning rates.
         seed: Of weights, batches and noise.
         kept: FEST's rows.
+        cost: Of a step with exponential selection, in the place of the plan's mechanism.
     """
     start = time.perf_counter()
     ensure_process_group()
@@ -102,6 +106,7 @@ def train(
         kept=kept,
         # it is made once, from layers that have no statistics of a batch
         probe_first_forward=False,
+        substitute=None if cost is None else _exponential(cost, secret),
     )
     rows, coordinates = _steps(private, data, secret)
     quality = {
@@ -124,6 +129,22 @@ def train(
         dense_coordinates=dense,
         seconds=time.perf_counter() - start,
     )
+
+
+def _exponential(cost: SampledSelection, secret: bytes) -> Callable[[Mechanism], Mechanism]:
+    """Puts the comparison's mechanism in the place of AdaFEST."""
+
+    def substitute(planned: Mechanism) -> Mechanism:
+        assert isinstance(planned, SparseNoise)
+        return ExponentialSelection(
+            planned.schedules,
+            plan=planned.plan,
+            optimizers=planned.optimizers,
+            cost=cost,
+            seed=secret,
+        )
+
+    return substitute
 
 
 def _steps(private: PrivateModel, data: SparsityData, secret: bytes) -> tuple[float, float]:

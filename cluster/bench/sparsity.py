@@ -164,7 +164,7 @@ class _Measurement:
         """Tries every mechanism's rates at each ε, as many for each; public records decide."""
         settings, seed = self._settings, self._settings.seeds[0]
         tried = [
-            _Run(_Place(settings.tuned_at[name], epsilon), rates, seed)
+            _Run(_Place(settings.tuned_at(name), epsilon), rates, seed)
             for name in settings.families
             for epsilon in ((None,) if name == "none" else settings.epsilons)
             for rates in settings.rates[name]

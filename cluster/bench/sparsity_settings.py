@@ -101,7 +101,7 @@ TUNED_AT = {
     "adafest": Point("adafest", threshold=8.0, contribution_norm=1.0, share=0.3),
     EXPONENTIAL: Point(EXPONENTIAL, share=0.3, selections=100),
 }
-"""The setting at which a family's rates are tried."""
+"""The setting at which a family's rates are tried, if it is in the grid; else the grid's middle."""
 
 
 def family(mechanism: str) -> str:
@@ -128,7 +128,6 @@ class SparsitySettings:
         seeds: The first one for all points, the others for those of the frontier.
         points: The grid.
         rates: What is tried, by mechanism.
-        tuned_at: Where it is tried.
         model: The model.
     """
 
@@ -146,13 +145,18 @@ class SparsitySettings:
     seeds: tuple[int, ...] = (0, 1, 2)
     points: tuple[Point, ...] = ()
     rates: Mapping[str, tuple[Rates, ...]] = field(default_factory=lambda: RATES)
-    tuned_at: Mapping[str, Point] = field(default_factory=lambda: TUNED_AT)
     model: ModelConfig = MODEL
 
     @property
     def families(self) -> list[str]:
         """Those of the grid, in its order, after the two that all are compared with."""
         return list(dict.fromkeys(["none", REFERENCE, *(family(p.mechanism) for p in self.points)]))
+
+    def tuned_at(self, name: str) -> Point:
+        """The point at which a family's rates are tried."""
+        mine = [p for p in self.points if family(p.mechanism) == name]
+        usual = TUNED_AT[name]
+        return usual if usual in mine or not mine else mine[len(mine) // 2]
 
     def delta(self, records: int) -> float:
         """δ: a tenth of what one published record would make."""
@@ -177,8 +181,8 @@ QUICK = SparsitySettings(
     records=65_536,
     other_records=16_384,
     max_rows=1000,
-    batch=1024,
-    steps=40,
+    batch=512,
+    steps=128,
     epsilons=(3.0,),
     seeds=(0, 1),
     rates={name: rates[:2] for name, rates in RATES.items()},

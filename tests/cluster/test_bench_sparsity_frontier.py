@@ -151,3 +151,11 @@ def test_what_noised_nothing_is_not_plotted() -> None:
 def test_words_of_the_table() -> None:
     assert reduction_text(131_234.0) == "1.3e5 ×" and reduction_text(None) == "-"
     assert settings_text({"rows": 3, "threshold": 8.0}) == "k 3, τ 8"
+
+
+def test_rates_are_tried_at_a_point_of_the_grid() -> None:
+    for settings in (chosen(), chosen(kept_rows=(1, 5, 9), thresholds=(3.0,))):
+        for name in ("fest", "adafest"):
+            assert settings.tuned_at(name) in settings.points
+    assert settings.tuned_at("fest").rows == 5
+    assert settings.tuned_at("lazydp") == Point("lazydp")

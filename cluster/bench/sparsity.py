@@ -172,7 +172,7 @@ class _Measurement:
         best: dict[tuple[str, float | None], float] = {}
         for run, trained in zip(tried, self._take(tried, "rates"), strict=True):
             point, rates = run.place.point, run.rates
-            key = point.mechanism, run.place.epsilon
+            key = family(point.mechanism), run.place.epsilon
             self._tries.append(
                 {
                     "mechanism": key[0],

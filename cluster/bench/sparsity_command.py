@@ -27,6 +27,9 @@ def sparsity(
     ratios: Annotated[
         str | None, typer.Option(help="adafest: the selection's share of a step's privacy.")
     ] = None,
+    selections: Annotated[
+        str | None, typer.Option(help="exponential: rows of all tables selected in a step.")
+    ] = None,
     rates: Annotated[
         str | None,
         typer.Option(help="To try, tables:dense layers, for all mechanisms: 10:1,30:2."),
@@ -90,6 +93,7 @@ def sparsity(
             thresholds=_numbers(thresholds, "--thresholds"),
             contribution_norms=_numbers(contribution_norms, "--contribution-norms"),
             shares=_numbers(ratios, "--ratios"),
+            selections=_integers(selections, "--selections"),
             rates=_rates(rates),
             records=records,
             other_records=other_records,

@@ -197,6 +197,7 @@ def chosen(
     thresholds: Sequence[float] | None = None,
     contribution_norms: Sequence[float] | None = None,
     shares: Sequence[float] | None = None,
+    selections: Sequence[int] | None = None,
     rates: Sequence[tuple[float, float]] | None = None,
     **changes: Any,
 ) -> SparsitySettings:
@@ -210,6 +211,7 @@ def chosen(
             grid of all combinations; what is left out has one value then.
         contribution_norms: C₁.
         shares: Ratios.
+        selections: m of ``exponential``, over all tables.
         rates: Learning rates of tables and dense layers to try, the same for all mechanisms.
         **changes: Fields of :class:`SparsitySettings`; None is left out.
 
@@ -242,7 +244,8 @@ def chosen(
         if name == "fest":
             points += [Point(name, k) for k in rows]
         elif name == EXPONENTIAL:
-            some = EXPONENTIAL_SELECTIONS[1:2] if quick else EXPONENTIAL_SELECTIONS
+            usual = EXPONENTIAL_SELECTIONS[1:2] if quick else EXPONENTIAL_SELECTIONS
+            some = selections or usual
             points += [Point(name, share=r, selections=m) for r in shares or (0.3,) for m in some]
         elif name in ADAPTIVE:
             k = PLUS_ROWS if name in CHOOSES_ONCE else None

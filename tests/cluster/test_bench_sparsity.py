@@ -35,7 +35,7 @@ def measured(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Any]:
     folder = tmp_path_factory.mktemp("sparsity")
     path, plot = folder / "sparsity.json", folder / "sparsity.svg"
     size = "--records 400 --other-records 200 --batch 40 --steps 3 --max-rows 40"
-    points = "--kept-rows 2 --thresholds 2,4 --ratios 0.5 --rates 1:0.5"
+    points = "--kept-rows 2 --thresholds 2,4 --ratios 0.5 --selections 5 --rates 1:0.5"
     options = [*size.split(), *points.split(), "--epsilon", "3", "--seeds", "0,1"]
     done = run("bench", "sparsity", *options, "--json", path, "--plot", plot)
     assert done.exit_code == 0, done.output + repr(done.exception)
@@ -45,7 +45,7 @@ def measured(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Any]:
 
 def test_every_result_has_the_fields_of_the_contract(measured: dict[str, Any]) -> None:
     names = [r["mechanism"] for r in measured["results"]]
-    assert set(names) == {"none", "lazydp", "fest", "adafest", "adafest+"}
+    assert set(names) == {"none", "lazydp", "fest", "adafest", "adafest+", "exponential"}
     assert names.count("adafest") == names.count("adafest+") == 2, "a point for each τ"
     for row in measured["results"]:
         assert row["epsilon"] == (None if row["mechanism"] == "none" else 3.0)
@@ -68,6 +68,7 @@ def test_reductions_follow_from_the_coordinates_that_were_noised(measured: dict[
     assert by_name["none"]["reduction_vs_dpsgd"] is None
     assert by_name["lazydp"]["reduction_vs_dpsgd"] == 1
     assert by_name["fest"]["noised_coordinates_per_step"] == 26 * 2 * 8, "k rows of every table"
+    assert by_name["exponential"]["noised_coordinates_per_step"] == 5 * 8, "m rows in all"
 
 
 def test_losses_are_paired_with_lazydp_at_the_same_seed(measured: dict[str, Any]) -> None:
@@ -81,7 +82,7 @@ def test_losses_are_paired_with_lazydp_at_the_same_seed(measured: dict[str, Any]
 
 def test_every_family_has_as_many_tries(measured: dict[str, Any]) -> None:
     tries = [t["mechanism"] for t in measured["tries"]]
-    assert sorted(tries) == ["adafest", "fest", "lazydp", "none"]
+    assert sorted(tries) == ["adafest", "exponential", "fest", "lazydp", "none"]
     assert {len(rates) for rates in RATES.values()} == {4}, "by default"
     assert set(measured["frozen_tables"]) == {"none", "3"}
 

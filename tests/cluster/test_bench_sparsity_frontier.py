@@ -18,6 +18,7 @@ from dist_dp.cluster.bench.sparsity_frontier import (
 from dist_dp.cluster.bench.sparsity_settings import (
     ADAFEST,
     ADAFEST_PLUS,
+    EXPONENTIAL_SELECTIONS,
     KEPT_ROWS,
     Point,
     chosen,
@@ -110,6 +111,7 @@ def test_the_default_grid_has_every_mechanism_at_each_epsilon() -> None:
     assert names.count("fest") == len(KEPT_ROWS)
     assert names.count("adafest") == len(ADAFEST)
     assert names.count("adafest+") == len(ADAFEST_PLUS)
+    assert names.count("exponential") == len(EXPONENTIAL_SELECTIONS)
     assert {(p.threshold, p.contribution_norm, p.share) for p in settings.points} > set(ADAFEST)
 
 

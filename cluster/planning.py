@@ -103,20 +103,20 @@ def make_report(
         "forecast": None
         if config.cluster.use_gpu or plan.mechanism in SPARSE_MECHANISMS
         else forecast_step(config, planned, dense_shape(model), plan, speed or Speed(), records),
-        "selection": _selection(plan, planned, records),
+        "selection": _selection(plan, planned, records, (speed or Speed()).pooling),
         "tables": tables,
         "statement": plan.statement(),
     }
 
 
 def _selection(
-    plan: PrivacyPlan, planned: list[PlannedTable], records: float
+    plan: PrivacyPlan, planned: list[PlannedTable], records: float, pooling: float
 ) -> dict[str, Any] | None:
-    """What a step's selection of rows comes to, each bag taken to have one id."""
+    """What a step's selection of rows comes to, with so many ids in each bag."""
     found = forecast_selection(
         plan,
         {table.name: (table.rows, table.dim) for table in planned},
-        {table.name: records * table.bags for table in planned},
+        {table.name: records * table.bags * pooling for table in planned},
     )
     return None if found is None else asdict(found)
 
@@ -197,24 +197,35 @@ def _memory_by_worker(config: RunConfig, tables: list[dict[str, Any]]) -> list[d
 
 def _selection_lines(selection: dict[str, Any]) -> list[tuple[str, str]]:
     """What a plan says about the rows that a step noises."""
-    false, most = selection["false_positives"], selection["most_rows"]
-    reduction = selection["all_coordinates"] / max(1.0, selection["false_positive_coordinates"])
-    lines = [
-        (
-            "rows noised a step",
-            f"{false:,.1f} that no unit touches in the mean, at most {most:,.0f} if all survive "
-            f"that are looked up (of {selection['all_rows']:,})",
-        ),
-        (
-            "gradient size",
-            f"{selection['false_positive_coordinates']:,.0f} to "
-            f"{selection['most_coordinates']:,.0f} coordinates of "
-            f"{selection['all_coordinates']:,} (down to 1 / {reduction:,.0f})",
-        ),
-    ]
+    every, all_rows = selection["all_coordinates"], selection["all_rows"]
+    least, most = selection["false_positive_coordinates"], selection["most_coordinates"]
+    if not selection["thresholds"]:
+        lines = [
+            (
+                "rows noised a step",
+                f"{selection['eligible_rows']:,}: those chosen, at every step (of {all_rows:,})",
+            ),
+            ("gradient size", f"{least:,.0f} coordinates of {every:,} (1 / {every / least:,.0f})"),
+        ]
+    else:
+        lines = [
+            (
+                "survivors a step",
+                f"{selection['false_positives']:,.1f} that no unit touches, in the mean, and those "
+                f"of the rows looked up that pass: {selection['most_rows']:,.0f} in the mean if "
+                f"all did (of {all_rows:,})",
+            ),
+            (
+                "gradient size",
+                f"{least:,.0f} to {most:,.0f} coordinates of {every:,} (1 / "
+                f"{every / max(1.0, most):,.0f} to 1 / {every / max(1.0, least):,.0f})",
+            ),
+        ]
     if selection["thresholds"]:
         taus = sorted({f"{tau:.4g}" for tau in selection["thresholds"].values()})
         lines.append(("threshold", ", ".join(taus[:4]) + (", …" if len(taus) > 4 else "")))
+    if selection["warning"]:
+        lines.append(("[bold red]warning[/]", selection["warning"]))
     return lines
 
 

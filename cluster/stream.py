@@ -129,6 +129,7 @@ class Stream:
             delta=summary["delta"],
             dataset_spent_epsilon=summary.get("dataset_spent_epsilon"),
             started_from=[item["release_sha256"] for item in summary["started_from"]][-1:],
+            origins=[item["dataset"] for item in summary["started_from"]],
         )
         if "kept_rows" not in entry:
             before = self._folder_of(number - 1) if number else None
@@ -222,19 +223,24 @@ def guarantee_of(periods: Sequence[Mapping[str, Any]]) -> str:
     if not done or not all(entry["private"] for entry in done):
         return "The stream is not private: a period was trained without a guarantee."
     delta = max(entry["delta"] for entry in done)
+    older = "".join(
+        f" The first period began from a release trained on data set '{name}', of whose records "
+        "this says nothing: see the models' cards."
+        for name in done[0].get("origins", [])[:1]
+    )
     released = f"Everything released for {len(done)} of {len(periods)} periods"
     if done[0]["unit"] == "user":
         spent = done[-1]["dataset_spent_epsilon"]
         return (
             f"{released} is, taken together, (ε, δ)-differentially private with ε = "
             f"{round_up(spent)} and δ = {delta:g} for each user, with all records in all periods: "
-            f"that is what data set '{done[0]['dataset']}' has spent in the ledger."
+            f"that is what data set '{done[0]['dataset']}' has spent in the ledger.{older}"
         )
     epsilon = max(entry["epsilon"] for entry in done)
     return (
         f"{released} is, taken together, (ε, δ)-differentially private with ε = "
         f"{round_up(epsilon)} and δ = {delta:g} for each record, provided that each is in one "
-        "period alone; a record that is repeated in another counts as two."
+        f"period alone; a record that is repeated in another counts as two.{older}"
     )
 
 

@@ -40,6 +40,7 @@ from dist_dp.errors import ConfigError, DistDpError, StaleAttemptError
 from dist_dp.kernels import SlowKernelsWarning
 from dist_dp.ledger_address import LedgerAddress, default_ledger, ledger_address
 from dist_dp.plan import PrivacyPlan
+from dist_dp.selection_forecast import DenseSelectionWarning, forecast_selection, warn_if_dense
 
 Watcher = Callable[[dict[str, Any]], None]
 STOPPING = "stopping after this step (Ctrl-C again aborts)"
@@ -132,6 +133,7 @@ class Trainer:
             read_checkpoint_info(checkpoint_folder(self.resume))  # whoever was here may have ended
         self.watch({"phase": "reading the data"})
         prepared = prepare(self.config)
+        _warn_if_dense(self.config, prepared)
         self.watch({"phase": "starting Ray", "plan": prepared.plan})
         with ray_session(self.config.cluster, self.verbose):
             self.config = _choose_device(self.config)
@@ -302,6 +304,19 @@ def _warn(reasons: list[str]) -> None:
         warnings.simplefilter("always", SlowKernelsWarning)
         for reason in reasons:
             warnings.warn(reason, SlowKernelsWarning, stacklevel=2)
+
+
+def _warn_if_dense(config: RunConfig, prepared: Prepared) -> None:
+    """Says that a selection of rows selects nearly all: what workers say of it nobody hears."""
+    if config.model.factory is not None:
+        return  # its tables are known to the workers alone
+    sizes = {
+        table: (rows, config.model.embedding_dim)
+        for table, rows in prepared.schema.table_rows().items()
+    }
+    with contextlib.suppress(ConfigError), warnings.catch_warnings():
+        warnings.simplefilter("always", DenseSelectionWarning)
+        warn_if_dense(forecast_selection(prepared.plan, sizes, {}))
 
 
 def epsilon_by_step(plan: PrivacyPlan, steps: int, points: int = 10) -> list[list[float]]:

@@ -448,6 +448,27 @@ class PrivacyEngine:
             resumed_at = load_checkpoint(self, self.resume_from)
         elif self.start_from is not None:
             self.started_from = load_start(self._parts, self.start_from)
+        parts = self._parts
+        mechanism = parts.mechanism
+        chooses = isinstance(mechanism, SparseNoise) and not mechanism.has_chosen
+
+        def choose() -> None:
+            assert isinstance(mechanism, SparseNoise)
+            kept = choose_rows(
+                plan,
+                tables,
+                source,
+                users=whose,
+                features_of=features_of,
+                secret=secret,
+                run_id=self.run_id or "",
+                accountant=self.accountant,
+                device=parts.device,
+            )
+            mechanism.keep(kept, parts.shards)
+
+        if chooses and plan.sparse is not None and plan.sparse.frequencies is not None:
+            choose()  # by a file, which may be wrong; nothing is charged
         restarted = self.trail is not None and broadcast_object(self.trail.exists())
         if self.trail is not None and rank() == 0 and not restarted:
             # Before the account: an attempt that dies in between is known for one that began.
@@ -466,21 +487,9 @@ class PrivacyEngine:
             owner=self._owner,
             position=self._saved_position(),
         )
-        mechanism = self._parts.mechanism
         # A run that goes on has the rows that it chose.
         if isinstance(mechanism, SparseNoise) and not mechanism.has_chosen:
-            kept = choose_rows(
-                plan,
-                tables,
-                source,
-                users=whose,
-                features_of=features_of,
-                secret=secret,
-                run_id=self.run_id,
-                accountant=self.accountant,
-                device=self._parts.device,
-            )
-            mechanism.keep(kept, self._parts.shards)
+            choose()
         done = resumed_at[0] if resumed_at else 0
         leases = StepLeases(
             self.accountant,

@@ -13,7 +13,7 @@ if TYPE_CHECKING:
     from dist_dp.plan import PrivacyPlan
 
 MANY = 0.1
-"""Share of all rows from which false positives are worth a warning."""
+"""Share of a table's rows from which false positives are worth a warning."""
 
 
 class DenseSelectionWarning(UserWarning):
@@ -25,7 +25,7 @@ class SelectionForecast:
     """A step's noised rows and coordinates.
 
     Attributes:
-        thresholds: τ by table; empty where rows are chosen once.
+        thresholds: τ by table, in the step with the most noise; empty where rows are chosen once.
         eligible_rows: Rows that may be noised at all, over all tables.
         all_rows: Rows of all tables.
         false_positives: Rows that survive in the mean although no unit touches them; where rows are
@@ -34,6 +34,7 @@ class SelectionForecast:
         most_rows: Rows noised if every row that is looked up survives.
         most_coordinates: Coordinates of those.
         all_coordinates: Coordinates of all tables: what DP-SGD noises.
+        warning: What is wrong with it, and the remedy; None if nothing is.
     """
 
     thresholds: dict[str, float]
@@ -44,11 +45,7 @@ class SelectionForecast:
     most_rows: float
     most_coordinates: float
     all_coordinates: int
-
-    @property
-    def bytes_a_step(self) -> float:
-        """Memory of the noise of the false positives, float32."""
-        return 4.0 * self.false_positive_coordinates
+    warning: str | None = None
 
 
 def forecast_selection(
@@ -75,7 +72,8 @@ def forecast_selection(
         kept = by_table(settings.rows, rows, "sparse.rows", default=max(rows.values()))
         eligible = {table: min(rows[table], kept[table]) for table in rows}
     if plan.mechanism in ADAPTIVE:
-        found = settings.thresholds(plan.noise_multiplier_at(1), eligible)
+        # The step with the most noise has the most false positives.
+        found = settings.thresholds(plan.noise_multiplier_range()[1], eligible)
         thresholds = {table: tau for table, (tau, _) in found.items()}
         untouched = {table: p * eligible[table] for table, (_, p) in found.items()}
     else:
@@ -83,35 +81,51 @@ def forecast_selection(
         untouched = {table: float(count) for table, count in eligible.items()}
     most = {t: min(eligible[t], untouched[t] + ids_a_step.get(t, 0.0)) for t in rows}
     dims = {table: dim for table, (_, dim) in tables.items()}
+    false_coordinates = {t: n * dims[t] for t, n in untouched.items()}
+    dense = [t for t in thresholds if eligible[t] and untouched[t] >= MANY * eligible[t]]
     return SelectionForecast(
         thresholds=thresholds,
         eligible_rows=sum(eligible.values()),
         all_rows=sum(rows.values()),
         false_positives=sum(untouched.values()),
-        false_positive_coordinates=sum(n * dims[t] for t, n in untouched.items()),
+        false_positive_coordinates=sum(false_coordinates.values()),
         most_rows=sum(most.values()),
         most_coordinates=sum(n * dims[t] for t, n in most.items()),
         all_coordinates=sum(rows[t] * dims[t] for t in rows),
+        warning=_warning(
+            dense,
+            sum(untouched[t] for t in dense),
+            sum(eligible[t] for t in dense),
+            4 * sum(false_coordinates[t] for t in dense),
+            by_threshold=settings.threshold is not None,
+        )
+        if dense
+        else None,
+    )
+
+
+def _warning(
+    tables: list[str], survivors: float, rows: int, size: float, *, by_threshold: bool
+) -> str:
+    named = f"table '{tables[0]}'" if len(tables) == 1 else f"{len(tables)} tables"
+    remedy = (
+        "raise sparse.threshold, or give sparse.false_positives in its place, the rows a step may "
+        "noise in vain"
+        if by_threshold
+        else "lower sparse.false_positives"
+    )
+    return (
+        f"the selection is no selection in {named}: {survivors:,.0f} of {rows:,} rows are expected "
+        "to survive a step although no unit touches them; their noise takes "
+        f"{size / 1e6:,.1f} MB a step. To mend it, {remedy}."
     )
 
 
 def warn_if_dense(forecast: SelectionForecast | None) -> None:
-    """Warns where untouched rows alone are a large part of the tables.
+    """Warns where untouched rows alone are a large part of a table.
 
     Warns:
         DenseSelectionWarning: With the rows expected, their memory and the remedy.
     """
-    if forecast is None or not forecast.thresholds:
-        return
-    if forecast.false_positives < MANY * forecast.eligible_rows:
-        return
-    lowest = min(forecast.thresholds.values())
-    warnings.warn(
-        f"the selection's threshold (sparse.threshold, {lowest:g} at the lowest) is so low that "
-        f"{forecast.false_positives:,.0f} of {forecast.eligible_rows:,} rows are expected to "
-        "survive each step although no unit touches them; their noise takes "
-        f"{forecast.bytes_a_step / 1e6:,.1f} MB a step. Raise it, or give "
-        "sparse.false_positives, the rows a step may noise in vain.",
-        DenseSelectionWarning,
-        stacklevel=2,
-    )
+    if forecast is not None and forecast.warning is not None:
+        warnings.warn(forecast.warning, DenseSelectionWarning, stacklevel=2)

@@ -45,10 +45,12 @@ class SparseSettings(PlainModel):
             them, in the mean; for all tables together, or by table. τ follows from it.
         rows: k, the rows of a table that are trained at all (`fest`, `adafest+`): for every table
             (at most its rows then), or by table; tables that are not named keep all rows.
-        frequencies: file of public row counts that `rows` are chosen by; left out, they are chosen
-            privately, from the training data.
+        frequencies: file of public row counts that `rows` are chosen by (`dist_dp.public_counts`);
+            left out, they are chosen privately, from the training data. Counts of the training
+            records are not public: with those there is no guarantee.
         choice_epsilon: the ε that the private choice costs, at the plan's δ, out of the plan's.
-        choice_noise: how it is made private, `gaussian` or `gumbel`.
+        choice_noise: how it is made private: `gaussian` (by default; noise on the counts, whose
+            cost does not grow with k) or `gumbel` (one-shot top k, for few rows).
         max_rows_per_unit: most rows of a table that one unit counts for in the private choice.
         choice: what the private choice costs, an event of `dist_dp.events` in simple types; found
             by `PrivacyPlan.with_choice`.
@@ -74,7 +76,8 @@ class SparseSettings(PlainModel):
     @classmethod
     def _no_truth_values(cls, value: object) -> object:
         # YAML reads `yes` as true, and true would pass for the number 1.
-        if isinstance(value, bool):
+        given = value.values() if isinstance(value, dict) else (value,)
+        if any(isinstance(each, bool) for each in given):
             raise ValueError("should be a number or a word, not true or false")
         return value
 

@@ -48,7 +48,15 @@ def not_covered(plan: PrivacyPlan) -> tuple[str, ...]:
             f"grids, table weights on that of {spacing_text(plan.noise_grid)}), and attacks on "
             "timing"
         )
-    return (watchers, *NOT_COVERED, person, number, bits)
+    counts = (
+        ()
+        if plan.sparse is None or plan.sparse.frequencies is None
+        else (
+            "the file of row counts that rows were chosen by: it is taken for public, and would "
+            "void the guarantee if the training records had been counted",
+        )
+    )
+    return (watchers, *NOT_COVERED, person, number, bits, *counts)
 
 
 def statement_of(plan: PrivacyPlan, charged: Mapping[PrivacyEvent, int] | None = None) -> str:

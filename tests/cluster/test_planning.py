@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import resource
+import warnings
 from pathlib import Path
 from typing import Any
 
@@ -242,3 +243,37 @@ def test_what_cannot_be_planned(tmp_path: Path) -> None:
     assert_one_line_error(unknown, "data.format", "data.columns")
     table = run("plan", "-c", path, "--num-records=1000", "--set", "model.sharding.C99=row_wise")
     assert_one_line_error(table, "C99")
+
+
+def test_a_selection_that_selects_nearly_all_is_said(tmp_path: Path) -> None:
+    privacy = {**KNOWN_NOISE, "mechanism": "adafest", "sparse": {"threshold": -100.0}}
+    report = planned(tmp_path, None, "--num-records", "100000", privacy=privacy)
+    rows = sum(t["rows"] for t in report["tables"])
+    assert report["selection"]["false_positives"] == pytest.approx(rows)
+    assert f"{rows:,} of {rows:,} rows" in report["selection"]["warning"]
+    values = small(tmp_path, None, privacy=privacy)
+    shown = run("plan", "-c", write_config(tmp_path, values), "--num-records", "100000")
+    assert "warning" in shown.stdout and "raise sparse.threshold" in " ".join(shown.stdout.split())
+
+
+def test_ids_in_a_bag_are_all_looked_up(tmp_path: Path) -> None:
+    privacy = {**KNOWN_NOISE, "mechanism": "adafest", "sparse": {"threshold": 50.0}}
+    train = {"expected_batch_size": 4}
+    sections = {"privacy": privacy, "train": train}
+    one, three = (
+        planned(tmp_path, None, "--num-records", "100000", *more, **sections)["selection"]
+        for more in ((), ("--pooling", "3"))
+    )
+    assert three["most_rows"] > 2.5 * one["most_rows"]
+
+
+def test_a_run_says_so_too(tmp_path: Path, clicks: Path) -> None:
+    from dist_dp.cluster.prepare import prepare
+    from dist_dp.cluster.trainer import _warn_if_dense
+
+    for threshold, expected in ((-100.0, 1), (50.0, 0)):
+        privacy = {**KNOWN_NOISE, "mechanism": "adafest", "sparse": {"threshold": threshold}}
+        config = parse_config(small(tmp_path, clicks, privacy=privacy))
+        with warnings.catch_warnings(record=True) as caught:
+            _warn_if_dense(config, prepare(config, progress=False))
+        assert len(caught) == expected

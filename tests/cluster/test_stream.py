@@ -222,6 +222,9 @@ def test_every_run_starts_from_the_one_before(
         "period": "day_2", "auc": 0.6, "log_loss": None, "examples": 60.0
     }  # fmt: skip
     assert "ε = 7.5" in guarantee_of(results) and "counts as two" in guarantee_of(results)
+    assert "last-year" not in guarantee_of(results)
+    begun = [{**results[0], "origins": ["last-year"]}, *results[1:]]
+    assert "data set 'last-year', of whose records this says nothing" in guarantee_of(begun)
 
     # Called again it does nothing; with a new day it trains that, and evaluates the one before.
     Stream(config_in(home), fit).run()

@@ -12,7 +12,7 @@ import torch
 
 from dist_dp.checkpoint import save_checkpoint
 from dist_dp.engine import PrivacyEngine
-from dist_dp.errors import BudgetError, ConfigError, DistDpError
+from dist_dp.errors import BudgetError, ConfigError, DataError, DistDpError
 from dist_dp.events import TopKEvent
 from dist_dp.mechanisms.sparse import SparseNoise
 from dist_dp.sparse_settings import SparseSettings
@@ -120,6 +120,15 @@ def test_public_counts_cost_nothing(tmp_path: Path) -> None:
     assert begin(made) == {"pooled.a": [2, 7], "pooled.b": [8], "sequence.s": [0, 5]}
     assert made.parts.plan.step_costs().setup == ()
     assert "by public frequencies" in made.parts.plan.statement()
+    assert any("the file of row counts" in phrase for phrase in made.parts.plan.not_covered())
+
+
+def test_counts_that_cannot_be_read_open_no_account(tmp_path: Path) -> None:
+    """So the run can be begun again under its name."""
+    public = SparseSettings(rows={"a": 2}, frequencies=str(tmp_path / "counts.parquet"))
+    with pytest.raises(DataError, match="counts"):
+        begin(engine(tmp_path, mechanism="fest", sparse=public, run_id="run"))
+    assert not ledger(tmp_path).knows_run("run")
 
 
 def test_adafest_plus_selects_among_the_chosen(tmp_path: Path) -> None:

@@ -8,6 +8,7 @@ Poisson batches; a loss is counted from lazydp's AUC at the same ε and seed.
 
 from __future__ import annotations
 
+import math
 import tempfile
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
@@ -182,7 +183,8 @@ class _Measurement:
                     "public_auc": trained.public_auc,
                 }
             )
-            if trained.public_auc > best.get(key, float("-inf")):
+            # a rate at which training diverges may leave no AUC at all
+            if key not in best or trained.public_auc > best[key] or math.isnan(best[key]):
                 best[key], self._best[key] = trained.public_auc, rates
 
     def _freeze(self) -> None:

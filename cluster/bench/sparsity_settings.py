@@ -154,7 +154,8 @@ class SparsitySettings:
 
     def tuned_at(self, name: str) -> Point:
         """The point at which a family's rates are tried."""
-        mine = [p for p in self.points if family(p.mechanism) == name]
+        mine = [p for p in self.points if p.mechanism == name]
+        mine = mine or [p for p in self.points if family(p.mechanism) == name]
         usual = TUNED_AT[name]
         return usual if usual in mine or not mine else mine[len(mine) // 2]
 

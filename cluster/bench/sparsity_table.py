@@ -71,9 +71,14 @@ def _table(rows: list[dict[str, Any]], epsilon: float) -> Table:
             reduction_text(row["reduction_vs_dpsgd"]),
             f"{row['auc']:.4f}",
             f"{row['auc_loss']:.4f}",
-            f"{row['auc_loss_low']:.4f} to {row['auc_loss_high']:.4f}",
+            _spread(row),
         )
     return table
+
+
+def _spread(row: dict[str, Any]) -> str:
+    low, high = row["auc_loss_low"], row["auc_loss_high"]
+    return "-" if low == high else f"{low:.4f} to {high:.4f}"
 
 
 def settings_text(settings: dict[str, Any]) -> str:

@@ -160,4 +160,7 @@ def test_rates_are_tried_at_a_point_of_the_grid() -> None:
         for name in ("fest", "adafest"):
             assert settings.tuned_at(name) in settings.points
     assert settings.tuned_at("fest").rows == 5
+    assert settings.tuned_at("adafest").mechanism == "adafest"
+    alone = chosen(mechanisms=("adafest+",))
+    assert alone.tuned_at("adafest").mechanism == "adafest+", "it takes AdaFEST's rates"
     assert settings.tuned_at("lazydp") == Point("lazydp")

@@ -7,12 +7,13 @@ from collections.abc import Sequence
 from html import escape
 from typing import Any
 
-from dist_dp.cluster.bench.sparsity_frontier import LOSS_ALLOWED
+from dist_dp.cluster.bench.sparsity_frontier import LOSS_ALLOWED, frontier
+from dist_dp.cluster.bench.sparsity_settings import REFERENCE
+from dist_dp.errors import ConfigError
 
 _PANEL, _HEIGHT = 300, 400
 _LEFT, _TOP, _BOTTOM, _GAP, _RIGHT = 66, 76, 58, 22, 20
 _COLOURS = {
-    "lazydp": "#1d5fd1",
     "fest": "#b04a00",
     "adafest": "#0d7a70",
     "adafest+": "#8e4ec6",
@@ -29,10 +30,19 @@ def sparsity_svg(result: dict[str, Any]) -> str:
 
     Returns:
         An SVG document that needs nothing else. To the right fewer coordinates are noised, up more
-        AUC is lost. A full circle was run with all seeds (its bar is their spread), an empty one
-        with one seed; the line goes along the mechanism's own frontier.
+        AUC is lost; lazydp is the line at 0. A full circle was run with all seeds (its bar is their
+        spread), an empty one with one seed; the line goes along the mechanism's own frontier.
+
+    Raises:
+        ConfigError: There is nothing to draw.
     """
-    rows = [r for r in result["results"] if r["reduction_vs_dpsgd"] and r["auc_loss"] is not None]
+    rows = [
+        r
+        for r in result["results"]
+        if r["reduction_vs_dpsgd"] and r["auc_loss"] is not None and r["mechanism"] != REFERENCE
+    ]
+    if not rows:
+        raise ConfigError("--plot: no point of fest, adafest or adafest+ noised a row of a table")
     epsilons = sorted({r["epsilon"] for r in rows})
     width = _LEFT + len(epsilons) * (_PANEL + _GAP) - _GAP + _RIGHT
     across = _Axis([math.log10(r["reduction_vs_dpsgd"]) for r in rows])
@@ -108,18 +118,21 @@ class _Panel:
                 f'y="{bottom + 21}" text-anchor="middle" fill="#566173">10'
                 f'<tspan dy="-5" font-size="9">{power}</tspan></text>'
             )
-        allowed = self.y(LOSS_ALLOWED)
+        for power in range(math.floor(self._across.low), math.ceil(self._across.high)):
+            inside = [m * 10.0**power for m in range(2, 10)]
+            inside = [v for v in inside if self._across.low <= math.log10(v) <= self._across.high]
+            parts += [f'<path d="M{self.x(v):.1f} {bottom}v3" stroke="#566173"/>' for v in inside]
+        allowed, none = self.y(LOSS_ALLOWED), self.y(0.0)
         parts.append(
             f'<path d="M{self._left} {allowed:.1f}H{right}" stroke="#566173" '
             f'stroke-dasharray="4 3"/>'
+            f'<path d="M{self._left} {none:.1f}H{right}" stroke="#1d5fd1"/>'
             f'<path d="M{self._left} {_TOP}V{bottom}H{right}" fill="none" stroke="#566173"/>'
         )
         return parts
 
     def curve(self, name: str, rows: Sequence[dict[str, Any]], seeds: int) -> str:
         """A mechanism's points, and a line along those that none of its own beats."""
-        from dist_dp.cluster.bench.sparsity_frontier import frontier
-
         colour = _COLOURS.get(name, "#17202c")
         best = [rows[place] for place in frontier(rows)]
         path = "L".join(
@@ -145,8 +158,8 @@ class _Panel:
 
 def _legend(names: Sequence[str]) -> str:
     parts, x = [], float(_LEFT)
-    for name in names:
-        colour = _COLOURS.get(name, "#17202c")
+    for name in [REFERENCE, *names]:
+        colour = _COLOURS.get(name, "#1d5fd1")
         parts.append(
             f'<circle cx="{x + 4:.0f}" cy="43" r="3.5" fill="{colour}" class="legend"/>'
             f'<text x="{x + 13:.0f}" y="47" fill="{colour}" font-weight="600">{escape(name)}</text>'

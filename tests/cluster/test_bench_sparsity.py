@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import math
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -15,7 +16,7 @@ from dist_dp.cluster.bench import sparsity_training
 from dist_dp.cluster.bench.sparsity import run_sparsity
 from dist_dp.cluster.bench.sparsity_runs import Job, Runs
 from dist_dp.cluster.bench.sparsity_settings import RATES, Point, SparsitySettings, chosen
-from dist_dp.cluster.bench.sparsity_training import Rates
+from dist_dp.cluster.bench.sparsity_training import Rates, Trained
 from tests.cluster.small import assert_one_line_error, run
 
 SVG = "{http://www.w3.org/2000/svg}"
@@ -102,7 +103,7 @@ def test_what_was_measured_is_printed_and_plotted_again(
     root = ElementTree.fromstring(measured["svg"])
     circles = [c for c in root.iter(f"{SVG}circle") if c.get("class") != "legend"]
     shown = [r for r in measured["results"] if r["reduction_vs_dpsgd"]]
-    assert len(circles) == len(shown)
+    assert len(circles) == len(shown) - 1, "lazydp is the line at 0"
     again = tmp_path / "again.svg"
     done = run("bench", "sparsity", "--from-json", measured["at"], "--plot", again)
     assert done.exit_code == 0 and again.read_text(encoding="utf-8") == measured["svg"]
@@ -181,3 +182,42 @@ def test_wrong_settings_are_errors_that_name_them(options: list[str], said: list
 def test_lists_are_numbers(option: str, value: str) -> None:
     result = run("bench", "sparsity", f"{option}={value}")
     assert result.exit_code == 2 and option in result.stderr
+
+
+def made_up(job: Job) -> Trained:
+    """Training that is over at once: the second rates are the best, the first diverge."""
+    auc = {1.0: math.nan, 2.0: 0.8, 3.0: 0.7}.get(job.rates.tables, 0.5)
+    rows = float(job.point.rows or 1000)
+    auc -= 0.01 * (job.point.rows == 4) + 0.001 * job.seed
+    return Trained(auc, auc, 8 * rows, rows, 8000, 50, 0.0)
+
+
+def test_what_is_tried_chosen_and_run_again(monkeypatch: pytest.MonkeyPatch) -> None:
+    """A diverged try wins nothing, all get the best rates, and a beaten point gets no more runs."""
+    jobs: list[Job] = []
+
+    def take(_self: Runs, job: Job) -> Trained:
+        jobs.append(job)
+        return made_up(job)
+
+    monkeypatch.setattr(Runs, "take", take)
+    monkeypatch.setattr(Runs, "noise_multiplier", lambda _self, epsilon: 1 / epsilon)
+    saved: list[dict[str, Any]] = []
+    rates = ((1.0, 1.0), (2.0, 1.0), (3.0, 1.0))
+    settings = tiny(kept_rows=(2, 4), rates=rates, seeds=(5, 6, 7))
+    result = run_sparsity(settings, lambda _: None, save=saved.append)
+    assert [s["settings"]["seeds"] for s in saved] == [[5], [5, 6], [5, 6, 7]], "kept as it goes"
+    assert {r["rates"]["tables"] for r in result["results"]} == {2.0}
+    seeds = {(r["mechanism"], r["settings"].get("rows")): r["seeds"] for r in result["results"]}
+    every = [5, 6, 7]
+    assert seeds == {
+        ("none", None): every,
+        ("lazydp", None): every,
+        ("fest", 2): every,
+        ("fest", 4): [5],
+    }, "4 rows a table are more than 2 and no better"
+    runs = [(j.point, j.rates, j.seed, j.noise_multiplier) for j in jobs]
+    assert len(set(runs)) == len(runs), "nothing is trained twice"
+    fest = next(r for r in result["results"] if r["settings"] == {"rows": 2})
+    assert fest["auc_loss"] == pytest.approx(0), "as lazydp at each seed, which all differ"
+    assert fest["auc_high"] - fest["auc_low"] == pytest.approx(0.002)

@@ -25,6 +25,7 @@ from dist_dp.cluster.bench.sparsity_settings import (
 )
 from dist_dp.cluster.bench.sparsity_table import reduction_text, settings_text
 from dist_dp.cluster.bench.sparsity_training import Rates, Trained
+from dist_dp.errors import ConfigError
 
 SVG = "{http://www.w3.org/2000/svg}"
 
@@ -148,6 +149,11 @@ def test_each_epsilon_has_its_panel() -> None:
 
 def test_what_noised_nothing_is_not_plotted() -> None:
     assert len(drawn([row(10, 0.8), row(None, 0.8)])) == 1
+
+
+def test_a_plot_without_points_is_an_error() -> None:
+    with pytest.raises(ConfigError, match="no point"):
+        drawn([row(1, 0.8, mechanism="lazydp")])
 
 
 def test_words_of_the_table() -> None:

@@ -71,7 +71,7 @@ def test_a_plan_says_what_a_selection_comes_to(tmp_path: Path) -> None:
     config = write_config(tmp_path, small(tmp_path, None, privacy=ADAFEST))
     said = run("plan", "-c", config, "--num-records", "10000")
     assert said.exit_code == 0, said.output
-    assert "5.0 that no unit touches in the mean" in " ".join(said.output.split())
+    assert "5.0 that no unit touches, in the mean" in " ".join(said.output.split())
     found = json.loads(run("plan", "-c", config, "--num-records", "10000", "--json").output)
     selection = found["selection"]
     assert selection["false_positives"] == pytest.approx(5.0)
